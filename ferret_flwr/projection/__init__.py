@@ -1,0 +1,1 @@
+"""The mathematics: random bases, projection and reconstruction. Knows neither Flower nor models."""

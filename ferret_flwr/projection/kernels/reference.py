@@ -1,0 +1,124 @@
+"""The definition: one basis at a time in NumPy, short enough to check against the paper.
+
+Every other kernel is a faster answer to this one. `project` computes in float64; `reconstruct`
+adds in float32, basis by basis, which fixes the bits of its result on every device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ferret_flwr.projection.families import FAMILIES, GROUP, truncated_normal_scale
+from ferret_flwr.projection.kernels.philox import philox4x32, split_key
+from ferret_flwr.projection.plan import RoundPlan
+
+MIX_INDEX, MIX_BITS = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93  # odd, from splitmix64 and rrmxmx
+
+
+def _counters(group: np.ndarray, basis: int, word: np.ndarray | int) -> np.ndarray:
+    """Return Philox counters ``(low, high half of the group, basis, word)``."""
+    halves = group & 0xFFFFFFFF, group >> 32
+    return np.stack(np.broadcast_arrays(*halves, basis, word), axis=-1).astype(np.uint32)
+
+
+def _signs(seed: int, basis: int, index: np.ndarray) -> np.ndarray:
+    """Return ±1: bit ``i % 128`` of the output at counter ``(i // 128, k, 0)``, 1 meaning −1."""
+    words = philox4x32(_counters(index // GROUP, basis, 0), split_key(seed))
+    bit = index % GROUP
+    word = np.take_along_axis(words, (bit // 32)[:, None], axis=1)[:, 0]
+    return (1 - 2 * ((word >> (bit % 32)) & 1).astype(np.int64)).astype(np.float32)
+
+
+def _truncated_normal(seed: int, basis: int, index: np.ndarray, block_size: int) -> np.ndarray:
+    """Return the quantile of a uniform t in (−1, 1), four elements to a counter."""
+    within = index % GROUP
+    words = philox4x32(_counters(index // GROUP, basis, 1 + within // 4), split_key(seed))
+    word = np.take_along_axis(words, (within % 4)[:, None], axis=1)[:, 0]
+    t = (word.astype(np.float64) + 0.5) * 2.0**-31 - 1.0
+    s = truncated_normal_scale(block_size) * t
+    s2 = s * s
+    return (s * (1 + s2 * (1 / 6 + s2 * (7 / 120 + s2 * (127 / 5040))))).astype(np.float32)
+
+
+def basis_elements(plan: RoundPlan, basis: int, start: int, stop: int) -> np.ndarray:
+    """Return elements ``start..stop-1`` of basis ``basis``: float32, ``(stop - start,)``.
+
+    Parameters
+    ----------
+    plan
+        The round's bases.
+    basis
+        k, counted from 0 within the block.
+    start, stop
+        Indices into 0..d-1.
+    """
+    index = np.arange(start, stop, dtype=np.int64)
+    if FAMILIES[plan.family].code == 0:
+        return _signs(plan.seed, basis, index)
+    return _truncated_normal(plan.seed, basis, index, plan.blocks.block_size)
+
+
+def project(delta: np.ndarray, plan: RoundPlan) -> np.ndarray:
+    """Return γ_{l,k} = Σ_{i in block l} v_{k,i} Δ_i (paper, Eq. 6 without its factor).
+
+    Parameters
+    ----------
+    delta
+        Δ: ``(d,)``, any floating dtype.
+    plan
+        The round's bases.
+
+    Returns
+    -------
+    numpy.ndarray
+        γ: float64, ``(K,)``.
+    """
+    coefficients = []
+    for block, count in enumerate(plan.bases_per_block):
+        start = block * plan.blocks.block_size
+        piece = delta[start : start + plan.blocks.block_size].astype(np.float64)
+        for basis in range(count):
+            coefficients.append(basis_elements(plan, basis, start, start + piece.size) @ piece)
+    return np.array(coefficients)
+
+
+def reconstruct(coefficients: np.ndarray, plan: RoundPlan) -> np.ndarray:
+    """Return Δ̂_i = Σ_k c_{l,k} v_{k,i}, added in float32 over k in order (paper, Eq. 7).
+
+    Parameters
+    ----------
+    coefficients
+        Published c: float32, ``(K,)``, with all factors already in them.
+    plan
+        The round's bases.
+
+    Returns
+    -------
+    numpy.ndarray
+        Δ̂: float32, ``(d,)``.
+    """
+    update = np.empty(plan.blocks.size, dtype=np.float32)
+    for block, (first, count) in enumerate(
+        zip(plan.offsets, plan.bases_per_block, strict=False)
+    ):
+        start = block * plan.blocks.block_size
+        piece = update[start : start + plan.blocks.block_size]
+        for basis in range(count):
+            elements = basis_elements(plan, basis, start, start + piece.size)
+            term = np.float32(coefficients[first + basis]) * elements
+            piece[:] = term if basis == 0 else piece + term
+    return update
+
+
+def fingerprint(parameters: np.ndarray) -> int:
+    """Return Σ_i mix(i, bits of parameter i) mod 2⁶⁴, the same in whatever order it is added.
+
+    Parameters
+    ----------
+    parameters
+        m: float32, ``(d,)``.
+    """
+    index = np.arange(1, parameters.size + 1, dtype=np.uint64)
+    z = parameters.view(np.uint32).astype(np.uint64) + index * np.uint64(MIX_INDEX)
+    z = (z ^ (z >> np.uint64(32))) * np.uint64(MIX_BITS)
+    return int((z ^ (z >> np.uint64(32))).sum(dtype=np.uint64))

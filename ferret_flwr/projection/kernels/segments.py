@@ -1,0 +1,49 @@
+"""Where tensors, blocks and tiles cut the index space: the pieces that a kernel walks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+LARGEST = 2**16  # elements; small enough to divide any model evenly among threads
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Pieces of 0..d-1 that each lie in one tensor and one block, in order.
+
+    Attributes
+    ----------
+    start, length
+        First index and number of elements: int64, ``(S,)``.
+    tensor, block
+        Which tensor and which block the piece lies in: int64, ``(S,)``.
+    within
+        Offset of the piece's first element in its tensor: int64, ``(S,)``.
+    """
+
+    start: np.ndarray
+    length: np.ndarray
+    tensor: np.ndarray
+    block: np.ndarray
+    within: np.ndarray
+
+    @classmethod
+    def of(cls, offsets: np.ndarray, block_size: int, largest: int = LARGEST) -> Segments:
+        """Cut at every tensor's offset, every block's start, and every ``largest`` elements."""
+        size = int(offsets[-1])
+        cuts = np.unique(
+            np.concatenate(
+                [offsets, np.arange(0, size, block_size), np.arange(0, size, largest)]
+            )
+        )
+        start, stop = cuts[:-1], cuts[1:]
+        tensor = np.searchsorted(offsets, start, side="right") - 1
+        return cls(start, stop - start, tensor, start // block_size, start - offsets[tensor])
+
+    def divide(self, cost: np.ndarray, parts: int) -> np.ndarray:
+        """Return bounds of ``parts`` runs of segments of about equal ``cost``: ``(parts + 1,)``."""
+        total = np.cumsum(cost)
+        inner = np.searchsorted(total, total[-1] * np.arange(1, parts) / parts)
+        return np.concatenate([[0], inner, [len(cost)]]).astype(np.int64)

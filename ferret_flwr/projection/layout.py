@@ -1,0 +1,95 @@
+"""Named tensors as one index space 0..d-1, cut into blocks of equal size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ferret_flwr.projection.families import GROUP
+
+
+class LayoutError(ValueError):
+    """Tensors do not have the layout that was asked for."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order and the shapes of a model's trainable tensors.
+
+    Attributes
+    ----------
+    names, shapes
+        One per tensor, in ``named_parameters()`` order, tied tensors once.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, np.ndarray]) -> Layout:
+        """Return the layout of ``tensors``, anything with a ``shape``."""
+        shapes = tuple(tuple(int(n) for n in tensor.shape) for tensor in tensors.values())
+        return cls(tuple(tensors), shapes)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """Index of each tensor's first element, then d: int64, one longer than `names`."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+    @property
+    def size(self) -> int:
+        """Return d, the number of elements of all tensors."""
+        return int(self.offsets[-1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change with any name, shape or order."""
+        text = json.dumps([self.names, self.shapes], separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def check(self, arrays: Sequence[np.ndarray]) -> None:
+        """Raise `LayoutError` naming the first array that is missing or has another size."""
+        if len(arrays) != len(self.names):
+            raise LayoutError(f"expected {len(self.names)} tensors, got {len(arrays)}")
+        for name, shape, array in zip(self.names, self.shapes, arrays, strict=True):
+            if array.size != math.prod(shape):
+                raise LayoutError(
+                    f"tensor '{name}' must have shape {shape}, got {tuple(array.shape)}"
+                )
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The index space 0..d-1 cut into equal blocks, the last one shorter.
+
+    A block is a whole number of `GROUP` elements, so no group of random bits spans two blocks.
+    """
+
+    size: int  # d
+    block_size: int  # b
+
+    @classmethod
+    def of(cls, size: int, count: int) -> Blocks:
+        """Cut ``size`` elements into at most ``count`` blocks, fewer where d is small."""
+        if size < 1 or count < 1:
+            raise LayoutError(f"need at least one element and one block, got {size}, {count}")
+        return cls(size, math.ceil(math.ceil(size / count) / GROUP) * GROUP)
+
+    @property
+    def count(self) -> int:
+        """Return L, the number of blocks."""
+        return math.ceil(self.size / self.block_size)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Return d_l, the number of elements of each block: int64, ``(L,)``."""
+        lengths = np.full(self.count, self.block_size, dtype=np.int64)
+        lengths[-1] = self.size - (self.count - 1) * self.block_size
+        return lengths

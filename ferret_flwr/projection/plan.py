@@ -1,0 +1,91 @@
+"""One round's bases: which seed, which family, how many for each block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ferret_flwr.projection.families import FAMILIES
+from ferret_flwr.projection.layout import Blocks
+
+
+class PlanError(ValueError):
+    """A plan, or coefficients for it, are not valid."""
+
+
+@dataclass(frozen=True, eq=False)
+class RoundPlan:
+    """Everything that defines the random bases V of one round.
+
+    Attributes
+    ----------
+    round
+        1 for the first.
+    seed
+        Below 2⁶³. Basis element i of basis k is a pure function of ``(seed, k, i)``.
+    family
+        A key of `FAMILIES`.
+    blocks
+        How 0..d-1 is cut.
+    bases_per_block
+        K_l, at least 1 each: int64, ``(L,)``.
+    """
+
+    round: int
+    seed: int
+    family: str
+    blocks: Blocks
+    bases_per_block: np.ndarray
+
+    def __post_init__(self) -> None:
+        """Check what the kernels rely on."""
+        if self.family not in FAMILIES:
+            raise PlanError(f"family must be one of {', '.join(FAMILIES)}, got '{self.family}'")
+        if not 0 <= self.seed < 2**63:
+            raise PlanError(f"seed must be in 0..2^63-1, got {self.seed}")
+        counts = np.ascontiguousarray(self.bases_per_block, dtype=np.int64)
+        if counts.shape != (self.blocks.count,) or counts.min() < 1:
+            raise PlanError(
+                f"bases per block must be {self.blocks.count} numbers of at least 1, got "
+                f"{counts.size} numbers from {counts.min(initial=0)}"
+            )
+        object.__setattr__(self, "bases_per_block", counts)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """Position of each block's first coefficient, then K: int64, ``(L + 1,)``."""
+        return np.concatenate([[0], np.cumsum(self.bases_per_block)])
+
+    @property
+    def num_coefficients(self) -> int:
+        """Return K = Σ K_l."""
+        return int(self.offsets[-1])
+
+    @property
+    def second_moment(self) -> float:
+        """Return ρ = E v² of the family at this block size."""
+        return FAMILIES[self.family].second_moment(self.blocks.block_size)
+
+    def unbiased_scale(self) -> np.ndarray:
+        """Return 1/(ρ K_l) for each coefficient (paper, Eq. 6): float64, ``(K,)``."""
+        return np.repeat(1 / (self.second_moment * self.bases_per_block), self.bases_per_block)
+
+    def with_seed(self, seed: int) -> RoundPlan:
+        """Return the same plan with the bases of another ``seed``."""
+        return RoundPlan(self.round, seed, self.family, self.blocks, self.bases_per_block)
+
+    def check_coefficients(self, coefficients: np.ndarray, owner: str = "coefficients") -> None:
+        """Raise `PlanError` unless ``coefficients`` are K finite numbers."""
+        if coefficients.shape != (self.num_coefficients,):
+            raise PlanError(
+                f"{owner}: round {self.round} has K = {self.num_coefficients} coefficients, "
+                f"got shape {coefficients.shape}"
+            )
+        finite = np.isfinite(coefficients)
+        if not finite.all():
+            raise PlanError(
+                f"{owner}: {np.count_nonzero(~finite)} of {finite.size} coefficients are not "
+                f"finite, the first at {int(np.argmin(finite))}"
+            )
