@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class Layout:
     shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, np.ndarray]) -> Layout:
+    def of(cls, tensors: Mapping[str, Any]) -> Layout:
         """Return the layout of ``tensors``, anything with a ``shape``."""
         shapes = tuple(tuple(int(n) for n in tensor.shape) for tensor in tensors.values())
         return cls(tuple(tensors), shapes)

@@ -5,7 +5,9 @@ The parameters are a list of tensors in layout order. Nothing here is ever as la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -26,9 +28,9 @@ def _segments(layout: Layout, block_size: int) -> Segments:
 def _check(arrays: Sequence[np.ndarray], layout: Layout, dtypes: Sequence[str]) -> None:
     layout.check(arrays)
     for name, array in zip(layout.names, arrays, strict=True):
-        if array.dtype.name not in dtypes:
+        if array.dtype.name not in dtypes or not array.dtype.isnative:
             raise LayoutError(
-                f"tensor '{name}' must have dtype {' or '.join(dtypes)}, got {array.dtype.name}"
+                f"tensor '{name}' must have dtype {' or '.join(dtypes)}, got {array.dtype}"
             )
 
 
@@ -74,12 +76,11 @@ def project(
     segments = _segments(layout, plan.blocks.block_size)
     coefficients = cpu.project(before, after, segments, plan)
     if not np.isfinite(coefficients).all():
-        block = int(np.searchsorted(plan.offsets, np.argmin(np.isfinite(coefficients)), "right"))
-        first = (block - 1) * plan.blocks.block_size
-        tensor = layout.names[int(np.searchsorted(layout.offsets, first, side="right")) - 1]
-        raise PlanError(
-            f"the update is not finite at or behind tensor '{tensor}' (block {block - 1})"
-        )
+        ends = before if after is None else after
+        for name, old, new in zip(layout.names, before, ends, strict=True):
+            if not (np.isfinite(_as_float32(old)).all() and np.isfinite(_as_float32(new)).all()):
+                raise PlanError(f"the update is not finite in tensor '{name}'")
+        raise PlanError("the update is too large to project in float32")
     return coefficients
 
 
@@ -102,19 +103,72 @@ def subtract(
     Raises
     ------
     LayoutError
-        If a tensor has another size or dtype than expected.
+        If a tensor has another size or dtype than expected, or is read-only.
     PlanError
-        If the coefficients are not K finite numbers.
+        If the coefficients are not K numbers finite in float32.
     """
     _check_plan(layout, plan)
     _check(arrays, layout, ("float32",))
-    plan.check_coefficients(coefficients)
+    for name, array in zip(layout.names, arrays, strict=True):
+        if not array.flags.writeable:
+            raise LayoutError(f"tensor '{name}' is read-only")
+    published = _published(coefficients, plan)
     dense = [np.ascontiguousarray(array) for array in arrays]
-    segments = _segments(layout, plan.blocks.block_size)
-    cpu.subtract(dense, np.ascontiguousarray(coefficients, dtype=np.float32), segments, plan)
+    cpu.subtract(dense, published, _segments(layout, plan.blocks.block_size), plan)
     for array, copy in zip(arrays, dense, strict=True):
         if not np.shares_memory(array, copy):
             array[...] = copy.reshape(array.shape)
+
+
+def reconstruct(
+    coefficients: np.ndarray, layout: Layout, plan: RoundPlan
+) -> Iterator[np.ndarray]:
+    """Yield the reconstruction Δ̂ tensor by tensor, flat, in float32 (paper, Eq. 7).
+
+    See `subtract` for the arguments and the errors.
+    """
+    _check_plan(layout, plan)
+    negated = -_published(coefficients, plan)
+    segments = _segments(layout, plan.blocks.block_size)
+    bounds = np.searchsorted(segments.tensor, np.arange(len(layout.names) + 1))
+    for tensor, (first, last) in enumerate(itertools.pairwise(bounds)):
+        update = np.zeros(layout.offsets[tensor + 1] - layout.offsets[tensor], dtype=np.float32)
+        cpu.subtract([update], negated, segments.of_tensor(first, last), plan)
+        yield update
+
+
+def fidelity(
+    before: Sequence[np.ndarray],
+    after: Sequence[np.ndarray],
+    layout: Layout,
+    plan: RoundPlan,
+    projected: np.ndarray,
+) -> float:
+    """Return cos(Δ̂, Δ) of one update Δ = before − after and its own reconstruction.
+
+    Parameters
+    ----------
+    before, after, layout, plan
+        As in `project`.
+    projected
+        γ as `project` returned it.
+    """
+    coefficients = (projected * plan.unbiased_scale()).astype(np.float32)
+    inner = float(coefficients.astype(np.float64) @ projected)  # <Δ̂, Δ> = <c, γ>
+    squares, squares_hat = 0.0, 0.0
+    for old, new, update in zip(
+        before, after, reconstruct(coefficients, layout, plan), strict=True
+    ):
+        delta = _as_float32(old).ravel() - _as_float32(new).ravel()
+        squares += float(delta @ delta)
+        squares_hat += float(update @ update)
+    return inner / math.sqrt(squares * squares_hat) if squares and squares_hat else 0.0
+
+
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return array.astype(np.float32, copy=False)
 
 
 def fingerprint(arrays: Sequence[np.ndarray], layout: Layout) -> str:
@@ -122,6 +176,13 @@ def fingerprint(arrays: Sequence[np.ndarray], layout: Layout) -> str:
     _check(arrays, layout, ("float32",))
     dense = [np.ascontiguousarray(array) for array in arrays]
     return f"{cpu.fingerprint(dense, _segments(layout, 2**62)):016x}"
+
+
+def _published(coefficients: np.ndarray, plan: RoundPlan) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what overflows float32 is refused as infinite
+        published = np.ascontiguousarray(coefficients, dtype=np.float32)
+    plan.check_coefficients(published)
+    return published
 
 
 def _check_plan(layout: Layout, plan: RoundPlan) -> None:

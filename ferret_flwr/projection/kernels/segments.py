@@ -42,8 +42,16 @@ class Segments:
         tensor = np.searchsorted(offsets, start, side="right") - 1
         return cls(start, stop - start, tensor, start // block_size, start - offsets[tensor])
 
+    def of_tensor(self, first: int, last: int) -> Segments:
+        """Return segments ``first..last-1``, all of one tensor, as those of tensor 0."""
+        cut = slice(first, last)
+        zero = np.zeros(last - first, dtype=np.int64)
+        return Segments(
+            self.start[cut], self.length[cut], zero, self.block[cut], self.within[cut]
+        )
+
     def divide(self, cost: np.ndarray, parts: int) -> np.ndarray:
         """Return bounds of ``parts`` runs of segments of about equal ``cost``: ``(parts + 1,)``."""
         total = np.cumsum(cost)
-        inner = np.searchsorted(total, total[-1] * np.arange(1, parts) / parts)
+        inner = np.searchsorted(total, cost.sum() * np.arange(1, parts) / parts)
         return np.concatenate([[0], inner, [len(cost)]]).astype(np.int64)

@@ -1,0 +1,1 @@
+"""Measurements of the project's own claims: run one with `python -m benchmarks.NAME`."""

@@ -1,0 +1,305 @@
+"""``ferret-flwr``: look at a machine, plan a run, and turn a ledger into a model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ferret_flwr.config import ConfigError, FerretConfig, ModelConfig
+from ferret_flwr.ledger import Ledger, LedgerError
+from ferret_flwr.projection import projection
+from ferret_flwr.projection.allocation import ALLOCATIONS, allocate, expected_fidelity
+from ferret_flwr.projection.families import FAMILIES
+from ferret_flwr.projection.layout import Blocks, Layout, LayoutError
+from ferret_flwr.projection.packing import packed_nbytes
+from ferret_flwr.projection.plan import PlanError, RoundPlan
+from ferret_flwr.replica import Replica, ReplicaError
+from ferret_flwr.report import environment, nbytes_text
+from ferret_flwr.rounds import block_energies
+
+PROBE_TEXT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\nA farmer has 12 hens and each lays 5 eggs a week. How many "
+    "eggs are there after 3 weeks?\n\n### Response:\n12 hens lay 12 * 5 = 60 eggs a week, so there "
+    "are 60 * 3 = 180 eggs after 3 weeks."
+)
+SAMPLE_ELEMENTS = 2**24  # for timing the kernels
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, or 1 after printing one error."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except tuple(_expected_errors()) as error:
+        print(f"ferret-flwr: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _expected_errors() -> list[type[Exception]]:
+    errors: list[type[Exception]] = [
+        ConfigError, LedgerError, LayoutError, PlanError, ReplicaError, OSError
+    ]  # fmt: skip
+    if "torch" in sys.modules:
+        from ferret_flwr.training.errors import DataError, ModelError
+
+        errors += [DataError, ModelError]
+    return errors
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ferret-flwr", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="versions, devices, and the kernels that work here")
+    info.set_defaults(command=_info)
+
+    plan = commands.add_parser("plan", help="what a run of a model would cost and give")
+    _add_model_options(plan, "--model")
+    default = FerretConfig()
+    plan.add_argument("--coefficients", "-k", type=int, default=default.coefficients, metavar="K")
+    plan.add_argument("--blocks", type=int, default=default.blocks, metavar="L", help="0 = K/2")
+    plan.add_argument("--family", choices=list(FAMILIES), default=default.family)
+    plan.add_argument("--allocation", choices=list(ALLOCATIONS), default=default.allocation)
+    plan.add_argument("--max-per-block", type=int, default=default.max_per_block)
+    plan.add_argument(
+        "--ledger", type=Path, help="take the blocks' energies from this run, not from a gradient"
+    )
+    plan.set_defaults(command=_plan)
+
+    ledger = commands.add_parser("ledger", help="look at a ledger, check it, apply it")
+    actions = ledger.add_subparsers(required=True, metavar="ACTION")
+    for name, command, text in (
+        ("show", _ledger_show, "print the rounds"),
+        ("verify", _ledger_verify, "replay it on its base model and compare the fingerprints"),
+        ("apply", _ledger_apply, "base model + ledger = a Hugging Face folder"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("file", type=Path)
+        action.set_defaults(command=command)
+        if name != "show":
+            _add_model_options(action, "--base")
+        if name == "apply":
+            action.add_argument("--output", type=Path, required=True, metavar="DIR")
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser, name: str) -> None:
+    default = ModelConfig()
+    parser.add_argument(
+        name, dest="model", required=True, help="built-in, local folder, GGUF file, or Hub id"
+    )
+    parser.add_argument("--revision", default=default.revision)
+    parser.add_argument("--gguf-file", default=default.gguf_file)
+    parser.add_argument(
+        "--dtype",
+        choices=ModelConfig.__dataclass_fields__["dtype"].metadata["choices"],
+        default=default.dtype,
+    )
+    parser.add_argument("--trust-remote-code", action="store_true")
+
+
+def _model_config(options: argparse.Namespace) -> ModelConfig:
+    return ModelConfig(
+        name=options.model,
+        revision=options.revision,
+        dtype=options.dtype,
+        gguf_file=options.gguf_file,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _info(options: argparse.Namespace) -> None:
+    import numba
+
+    for name, version in environment().items():
+        print(f"{name:<14} {version}")
+    print(f"{'processors':<14} {os.cpu_count()}, {numba.get_num_threads()} numba threads")
+    print(f"{'CUDA device':<14} {_cuda_device()}")
+    error = _kernel_error()
+    print(f"{'kernels':<14} reference: live; cpu (numba): {'live' if not error else error}")
+
+
+def _cuda_device() -> str:
+    try:
+        import torch
+    except ImportError:
+        return "unknown, torch is not installed"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+
+
+def _kernel_error() -> str:
+    """Return "" if the fast kernel gives the reference's bits here, else what is wrong."""
+    from ferret_flwr.projection.kernels import reference
+
+    blocks = Blocks.of(1000, 4)
+    plan = RoundPlan(1, 1, "rademacher", blocks, np.full(blocks.count, 2))
+    coefficients = np.linspace(-1, 1, plan.num_coefficients, dtype=np.float32)
+    layout = Layout(("probe",), ((1000,),))
+    array = np.ones(1000, dtype=np.float32)
+    try:
+        projection.subtract([array], layout, plan, coefficients)
+    except Exception as error:  # a compiler can fail in any way
+        return f"{type(error).__name__}: {error}"
+    expected = 1 - reference.reconstruct(coefficients, plan)
+    return "" if array.tobytes() == expected.tobytes() else "differs from the reference"
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from ferret_flwr.training.models import load_model, trainable_parameters
+
+    config = FerretConfig(
+        coefficients=options.coefficients,
+        blocks=options.blocks,
+        family=options.family,
+        allocation=options.allocation,
+        max_per_block=options.max_per_block,
+    )
+    lm = load_model(_model_config(options))
+    parameters = trainable_parameters(lm.model)
+    layout = Layout.of(parameters)
+    blocks = Blocks.of(layout.size, config.blocks or max(1, config.coefficients // 2))
+    if options.ledger is not None:
+        energies = block_energies(Ledger.load(options.ledger), blocks, config)
+        source = f"the ledger '{options.ledger}'"
+    else:
+        energies = _gradient_energies(lm, layout, blocks)
+        source = "one gradient of this model"
+    cap = config.max_per_block if config.allocation == "energy" else None
+    counts = allocate(config.allocation, energies, blocks, config.coefficients, cap)
+    first = allocate("uniform", energies, blocks, config.coefficients)
+    up = 4 * config.coefficients
+    down = up + 2 * packed_nbytes(counts)
+    per_pass, per_basis = _kernel_seconds(config.family)
+    work = float((blocks.lengths * counts).sum())
+    seconds = layout.size * per_pass + work * per_basis
+    model_bytes = sum(p.numel() * p.element_size() for p in parameters.values())
+    fedavg = 4 * layout.size
+    rows = [
+        ("model", f"{options.model}, {layout.size:,} trainable parameters in {len(layout.names)} "
+         f"tensors"),
+        ("coefficients", f"K = {config.coefficients:,} ({config.family})"),
+        ("blocks", f"L = {blocks.count:,} of {blocks.block_size:,} parameters; bases per block "
+         f"{counts.min()} to {counts.max()} ({config.allocation})"),
+        ("a node sends", f"{nbytes_text(up)} a round; FedAvg {nbytes_text(fedavg)}, "
+         f"{fedavg / up:,.0f} times as much"),
+        ("a node receives", f"{nbytes_text(down)} a round if it took part in the last one"),
+        ("fidelity", f"cos {np.sqrt(config.coefficients / layout.size):.4f} = √(K/d) for an even "
+         "update"),
+        ("", f"cos {expected_fidelity(energies, blocks, first):.4f} in round 1 (uniform), "
+         f"{expected_fidelity(energies, blocks, counts):.4f} after it, with energies from "
+         f"{source}"),
+        ("projection", f"{seconds:.3f} s here, and about as much to reconstruct a round"),
+        ("memory", f"{nbytes_text(2 * model_bytes + fedavg)} for weights, gradients and replica, "
+         "besides the optimizer's state and activations"),
+    ]  # fmt: skip
+    for name, text in rows:
+        print(f"{name:<16} {text}")
+
+
+def _gradient_energies(lm: object, layout: Layout, blocks: Blocks) -> np.ndarray:
+    """Return ‖g_l‖² of each block for the gradient of one text: float64, ``(L,)``."""
+    from ferret_flwr.training.models import trainable_parameters
+
+    tokens = lm.tokenizer(PROBE_TEXT, return_tensors="pt").input_ids  # type: ignore[attr-defined]
+    model = lm.model  # type: ignore[attr-defined]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    energies = np.zeros(blocks.count)
+    for offset, parameter in zip(
+        layout.offsets, trainable_parameters(model).values(), strict=False
+    ):
+        if parameter.grad is None:
+            continue
+        squares = parameter.grad.float().flatten().numpy().astype(np.float64) ** 2
+        cuts = np.arange(
+            -(-int(offset) // blocks.block_size) * blocks.block_size - int(offset),
+            squares.size,
+            blocks.block_size,
+        )
+        starts = np.unique(np.concatenate([[0], cuts]))
+        np.add.at(
+            energies,
+            (int(offset) + starts) // blocks.block_size,
+            np.add.reduceat(squares, starts),
+        )
+    model.zero_grad(set_to_none=True)
+    return energies
+
+
+def _kernel_seconds(family: str) -> tuple[float, float]:
+    """Measure a projection here: seconds per element, and per element and basis."""
+    layout = Layout(("sample",), ((SAMPLE_ELEMENTS,),))
+    delta = [np.ones(SAMPLE_ELEMENTS, dtype=np.float32)]
+    blocks = Blocks.of(SAMPLE_ELEMENTS, 512)
+    taken = []
+    for bases in (1, 3):
+        plan = RoundPlan(1, 1, family, blocks, np.full(blocks.count, bases))
+        projection.project(delta, layout, plan)
+        start = time.perf_counter()
+        projection.project(delta, layout, plan)
+        taken.append((time.perf_counter() - start) / SAMPLE_ELEMENTS)
+    per_basis = max((taken[1] - taken[0]) / 2, 0.0)
+    return max(taken[0] - per_basis, 0.0), per_basis
+
+
+def _ledger_show(options: argparse.Namespace) -> None:
+    ledger = Ledger.load(options.file)
+    header = ledger.header
+    print(f"base model   fingerprint {header.base}, layout {header.layout}")
+    print(f"parameters   {header.size:,}")
+    print(f"head         {ledger.head}")
+    print(f"size         {nbytes_text(ledger.nbytes)} in {len(ledger)} rounds\n")
+    titles = ("round", "family", "seeds", "L", "K", "max K_l", "rate", "parameters after")
+    print("{:>5}  {:<16} {:>5} {:>7} {:>8} {:>7} {:>7}  {}".format(*titles))
+    for entry in ledger.entries:
+        plan = entry.plan
+        print(
+            f"{entry.round:>5}  {plan.family:<16} {len(entry.seeds):>5} {plan.blocks.count:>7} "
+            f"{plan.num_coefficients:>8} {plan.bases_per_block.max():>7} {entry.rate:>7.3g}  "
+            f"{entry.fingerprint or '(not known)'}"
+        )
+
+
+def _replay(options: argparse.Namespace) -> tuple[object, Replica]:
+    """Return the base model and a replica of it at the ledger's end."""
+    from ferret_flwr.training.models import load_model, trainable_parameters
+    from ferret_flwr.training.tensors import masters_of
+
+    ledger = Ledger.load(options.file)
+    lm = load_model(_model_config(options))
+    parameters = trainable_parameters(lm.model)
+    replica = Replica(Layout.of(parameters), masters_of(parameters))
+    ledger.header.check(replica.header, f"'{options.model}'")
+    for round in range(1, len(ledger) + 1):
+        replica.follow(ledger.until(round))
+        print(f"round {round}: {replica.fingerprint}")
+    return lm, replica
+
+
+def _ledger_verify(options: argparse.Namespace) -> None:
+    _, replica = _replay(options)
+    known = sum(bool(entry.fingerprint) for entry in Ledger.load(options.file).entries)
+    print(f"verified: {replica.round} rounds, {known} of them with a fingerprint to compare")
+
+
+def _ledger_apply(options: argparse.Namespace) -> None:
+    from ferret_flwr.training.models import save_model, trainable_parameters
+    from ferret_flwr.training.tensors import load_masters
+
+    if options.output.exists():
+        raise FileExistsError(f"'{options.output}' exists already; name another --output")
+    lm, replica = _replay(options)
+    load_masters(trainable_parameters(lm.model), replica.arrays)  # type: ignore[attr-defined]
+    save_model(lm, options.output)  # type: ignore[arg-type]
+    print(f"written to {options.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

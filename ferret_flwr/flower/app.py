@@ -1,0 +1,264 @@
+"""From a run configuration to Flower's components: the server's strategy, a node's client."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Context
+from flwr.client import Client
+from flwr.common import Metrics, NDArrays, Scalar, ndarrays_to_parameters
+from flwr.server import ServerAppComponents, ServerConfig
+from flwr.server.strategy import FedAvg
+
+from ferret_flwr import report
+from ferret_flwr.config import Config, ConfigError, parse
+from ferret_flwr.flower.cache import LedgerCache, default_folder
+from ferret_flwr.flower.recording import Recorded, RecordingServer, Row
+from ferret_flwr.flower.strategy import Ferret
+from ferret_flwr.ledger import Ledger
+
+if TYPE_CHECKING:
+    from ferret_flwr.replica import Replica
+    from ferret_flwr.training.worker import Worker
+
+log = logging.getLogger("ferret_flwr")
+
+
+def show_progress() -> None:
+    """Print this package's log as plain lines."""
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+
+class Run:
+    """One run on the server: its strategy, its rows, and the folder that it leaves behind."""
+
+    def __init__(self, config: Config) -> None:
+        """Check the configuration and load what the server needs.
+
+        Raises
+        ------
+        ConfigError, LedgerError, ModelError, DataError
+            Naming what is wrong, before the first round.
+        """
+        self.config = config
+        self.rows: list[Row] = []
+        resume = config.ferret.resume
+        ledger = Ledger.load(Path(resume).expanduser()) if resume else None
+        if resume and config.method != "ferret":
+            raise ConfigError(f"'ferret.resume' needs 'method' = 'ferret', got '{config.method}'")
+        self.done = len(ledger) if ledger else 0
+        if self.done >= config.num_server_rounds:
+            raise ConfigError(
+                f"'num-server-rounds' must be more than the {self.done} rounds of the ledger "
+                f"'{resume}', got {config.num_server_rounds}"
+            )
+        self.worker = _worker(config) if config.evaluate.every else None
+        self.folder = _new_folder(Path(config.results_dir).expanduser())
+        self.strategy = self._ferret(ledger) if config.method == "ferret" else self._fedavg()
+        report.write_config(self.folder, config)
+        log.info("results go to %s", self.folder)
+
+    def components(self) -> ServerAppComponents:
+        """Return what Flower runs."""
+        recorded = Recorded(self.strategy, self._on_row, first_round=self.done)
+        return ServerAppComponents(
+            server=RecordingServer(recorded, self._on_end),
+            config=ServerConfig(num_rounds=self.config.num_server_rounds - self.done),
+        )
+
+    def _ferret(self, ledger: Ledger | None) -> Ferret:
+        replica: Replica | None = None
+        if self.worker is not None:
+            from ferret_flwr.training.worker import live_replica
+
+            replica = live_replica(self.worker)
+        return Ferret(
+            FedAvg(**_sampling(self.config)),
+            self.config.ferret,
+            seed=self.config.seed,
+            num_rounds=self.config.num_server_rounds,
+            replica=replica,
+            evaluate=self._evaluate_replica if replica is not None else None,
+            ledger=ledger,
+            ledger_path=self.folder / "ledger.safetensors",
+        )
+
+    def _fedavg(self) -> FedAvg:
+        initial = None
+        if self.worker is not None:
+            from ferret_flwr.training.tensors import masters_of
+
+            initial = ndarrays_to_parameters(masters_of(self.worker.parameters))
+
+        def round_config(server_round: int) -> dict[str, Scalar]:
+            return {"round": server_round}
+
+        return FedAvg(
+            **_sampling(self.config),
+            initial_parameters=initial,
+            evaluate_fn=self._evaluate_weights if self.worker is not None else None,
+            on_fit_config_fn=round_config,
+            on_evaluate_config_fn=round_config,
+        )
+
+    def _evaluate_replica(self, replica: Replica) -> tuple[float, dict[str, Scalar]] | None:
+        return self._evaluate(replica.round, replica.arrays)
+
+    def _evaluate_weights(
+        self, server_round: int, weights: NDArrays, config: dict[str, Scalar]
+    ) -> tuple[float, dict[str, Scalar]] | None:
+        return self._evaluate(server_round, weights)
+
+    def _evaluate(
+        self, round: int, arrays: NDArrays
+    ) -> tuple[float, dict[str, Scalar]] | None:
+        """Evaluate every few rounds and after the last, with ``arrays`` in the server's model."""
+        assert self.worker is not None
+        from ferret_flwr.training.tensors import load_masters
+        from ferret_flwr.training.worker import held_out, score
+
+        load_masters(self.worker.parameters, arrays)
+        last = round == self.config.num_server_rounds
+        if round % self.config.evaluate.every and not last:
+            return None
+        metrics = score(self.worker.lm, held_out(self.config), self.config)
+        loss = metrics.pop("loss")
+        return loss, {f"eval/{name}": value for name, value in metrics.items()}
+
+    def _fedavg_nbytes(self) -> int:
+        ledger = getattr(self.strategy, "ledger", None)
+        if ledger is not None:
+            return 4 * ledger.header.size
+        if self.worker is not None:
+            return 4 * self.worker.layout.size
+        return max((row.get("comm/uplink_bytes_per_node", 0) for row in self.rows), default=0)
+
+    def _on_row(self, row: Row) -> None:
+        self.rows.append(row)
+        log.info(report.line(row, self._fedavg_nbytes()))
+        try:
+            report.write_results(self.folder, self.config, self.rows, self._fedavg_nbytes())
+        except OSError as error:
+            log.error("cannot write the results: %s", error)
+
+    def _on_end(self) -> None:
+        """Leave the model and the plot."""
+        if isinstance(self.strategy, Ferret) and not self.strategy.ledger:
+            raise RuntimeError("no round was published: see the messages of the nodes above")
+        report.plot(self.rows, self.folder / "loss.png", self.config.method)
+        if self.worker is not None:
+            from ferret_flwr.training.models import save_model
+
+            save_model(self.worker.lm, self.folder / "final")
+            log.info("the tuned model is in %s", self.folder / "final")
+        elif isinstance(self.strategy, Ferret):
+            log.info(
+                "the server held no model; for a Hugging Face folder: ferret-flwr ledger apply "
+                "%s --base %s --output FOLDER",
+                self.folder / "ledger.safetensors",
+                self.config.model.name,
+            )
+
+
+def _worker(config: Config) -> Worker:
+    """Load the server's model and check everything that would otherwise fail in a round."""
+    from ferret_flwr.training.optimizers import check_optimizer
+    from ferret_flwr.training.worker import held_out, worker
+
+    check_optimizer(config.train)
+    held_out(config)
+    return worker(config.model)
+
+
+def _sampling(config: Config) -> dict[str, Any]:
+    return {
+        "fraction_fit": config.strategy.fraction_train,
+        "fraction_evaluate": config.strategy.fraction_evaluate,
+        "min_fit_clients": config.strategy.min_train_nodes,
+        "min_evaluate_clients": 1 if config.strategy.fraction_evaluate else 0,
+        "min_available_clients": config.strategy.min_available_nodes,
+        "fit_metrics_aggregation_fn": _no_metrics,
+        "evaluate_metrics_aggregation_fn": _no_metrics,
+    }
+
+
+def _no_metrics(metrics: list[tuple[int, Metrics]]) -> Metrics:
+    """Keep Flower from warning: `Recorded` averages the metrics."""
+    return {}
+
+
+def _new_folder(parent: Path) -> Path:
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder, copies = parent / stamp, 1
+    while folder.exists():
+        folder, copies = parent / f"{stamp}-{copies}", copies + 1
+    folder.mkdir(parents=True)
+    return folder.resolve()
+
+
+def server_components(run_config: Mapping[str, Any]) -> ServerAppComponents:
+    """Return the server of a run, see `Run`."""
+    show_progress()
+    return Run(parse(run_config)).components()
+
+
+def client(context: Context) -> Client:
+    """Return the client of the node that ``context`` describes.
+
+    The node's own ``node-config`` says which partition it holds (``partition-id``,
+    ``num-partitions``) and where its ledger cache lives (``cache-dir``).
+    """
+    from ferret_flwr.flower.client import FedAvgClient, FerretClient
+    from ferret_flwr.training.worker import Node
+
+    show_progress()
+    config = parse(context.run_config)
+    partition_id = int(_from_node(context, "partition-id"))
+    node = Node.of(config, partition_id, int(_from_node(context, "num-partitions")))
+
+    def train(round: int, _: dict[str, Scalar]) -> tuple[int, dict[str, Scalar]]:
+        result = node.train(round)
+        return len(node.examples), {"train/loss": result.loss}
+
+    def evaluate(round: int, _: dict[str, Scalar]) -> tuple[float, int, dict[str, Scalar]]:
+        metrics = node.evaluate()
+        return metrics.pop("loss"), len(node.examples), dict(metrics)
+
+    parameters = node.worker.parameters
+    if config.method == "fedavg":
+        return FedAvgClient(
+            parameters, train, evaluate=evaluate, partition_id=partition_id
+        ).to_client()
+    folder = context.node_config.get("cache-dir") or config.ferret.cache_dir
+    return FerretClient(
+        parameters,
+        train,
+        node.worker.replica,
+        LedgerCache(
+            Path(str(folder)).expanduser() if folder else default_folder(),
+            context.run_id,
+            context.node_id,
+        ),
+        evaluate=evaluate,
+        partition_id=partition_id,
+        per_client_bases=config.ferret.bases == "per-client",
+    ).to_client()
+
+
+def _from_node(context: Context, key: str) -> Any:
+    if key not in context.node_config:
+        raise ConfigError(
+            f"node {context.node_id} has no '{key}' in its node-config; start the SuperNode with "
+            "--node-config 'partition-id=0 num-partitions=2'"
+        )
+    return context.node_config[key]

@@ -1,0 +1,96 @@
+"""A node's copy of the ledger on its own disk, so that a round costs it only what is new."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+from ferret_flwr.flower.wire import Request
+from ferret_flwr.ledger import Ledger, LedgerError
+
+log = logging.getLogger(__name__)
+
+KEEP_SECONDS = 14 * 24 * 3600  # runs that nobody touched for so long are removed
+
+
+class StaleCacheError(RuntimeError):
+    """The node does not have the rounds that the server thinks it has."""
+
+
+def default_folder() -> Path:
+    """Return the user's cache folder for this project."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ferret-flwr"
+
+
+class LedgerCache:
+    """One ledger file per run and node. Deleting it at any time changes no result.
+
+    Parameters
+    ----------
+    folder
+        Where all caches live.
+    run, node
+        Flower's ids of the run and of the node.
+    """
+
+    def __init__(self, folder: Path, run: int, node: int) -> None:
+        """Touch nothing yet."""
+        self.folder = folder
+        self.path = folder / f"run-{run}" / f"node-{node}.safetensors"
+
+    def complete(self, request: Request) -> tuple[Ledger, int]:
+        """Return the whole ledger, cached rounds and those of ``request``, and how many are kept.
+
+        Raises
+        ------
+        StaleCacheError
+            If the cached rounds are not the ones that ``request`` builds on.
+        LedgerError
+            If the rounds do not lead to the ledger that ``request`` names.
+        """
+        ledger = self._known(request)
+        for entry in request.entries:
+            ledger = ledger.append(entry)
+        if ledger.head != request.head:
+            raise LedgerError("the rounds received do not lead to the ledger that they name")
+        if request.fingerprint:
+            ledger = ledger.with_fingerprint(request.fingerprint)
+        kept = self._save(ledger) if request.entries else True
+        return ledger, len(ledger) if kept else 0
+
+    def _known(self, request: Request) -> Ledger:
+        if request.since == 0:
+            return Ledger(request.header)
+        try:
+            cached = Ledger.load(self.path).until(request.since)
+        except LedgerError as error:
+            self.path.unlink(missing_ok=True)
+            raise StaleCacheError(
+                f"this node lacks rounds 1..{request.since} and needs the whole ledger: {error}"
+            ) from error
+        if cached.digests[-1] != request.since_head or len(cached) != request.since:
+            self.path.unlink(missing_ok=True)
+            raise StaleCacheError(
+                f"the cached ledger '{self.path}' holds other rounds than the server's 1.."
+                f"{request.since}; it is removed, and this node needs the whole ledger"
+            )
+        return cached
+
+    def _save(self, ledger: Ledger) -> bool:
+        first = not self.path.parent.exists()
+        try:
+            ledger.save(self.path)
+            if first:
+                self._forget_old_runs()
+        except OSError as error:
+            log.warning("cannot write the ledger cache '%s': %s", self.path, error.strerror)
+            return False
+        return True
+
+    def _forget_old_runs(self) -> None:
+        for run in self.folder.glob("run-*"):
+            if time.time() - run.stat().st_mtime > KEEP_SECONDS:
+                shutil.rmtree(run, ignore_errors=True)

@@ -1,0 +1,203 @@
+"""`FerretClient`: reach the current model from the ledger, train, answer with K numbers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.client import NumPyClient
+from flwr.common import NDArrays, Scalar
+
+from ferret_flwr.flower import wire
+from ferret_flwr.flower.cache import LedgerCache
+from ferret_flwr.ledger import Ledger
+from ferret_flwr.methods import fedavg, ferret
+from ferret_flwr.projection.kernels.philox import derive_seed
+from ferret_flwr.replica import Replica
+from ferret_flwr.training.tensors import load_masters, masters_of
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, Scalar]
+Step = Callable[[int, Metrics], tuple[int, Metrics]]  # (round, config) -> (examples, metrics)
+Score = Callable[[int, Metrics], tuple[float, int, Metrics]]  # ... -> (loss, examples, metrics)
+
+
+class FerretClient(NumPyClient):
+    """A Flower client that sends projection coefficients instead of weights.
+
+    Parameters
+    ----------
+    parameters
+        The model's trainable tensors by name, in ``named_parameters()`` order.
+    train
+        Trains ``parameters`` in place. Called with the round and the server's config; returns the
+        number of examples and metrics.
+    replica
+        Returns the node's replica, at the round given or before it. One replica may serve several
+        clients of a process.
+    cache
+        The node's ledger cache.
+    evaluate
+        Measures ``parameters``. Called like ``train``; returns a loss, the number of examples and
+        metrics.
+    partition_id
+        Names the node in the server's messages, and orders the replies.
+    per_client_bases
+        Draw bases of this client's own instead of the round's shared ones.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        train: Step,
+        replica: Callable[[int], Replica],
+        cache: LedgerCache,
+        *,
+        evaluate: Score | None = None,
+        partition_id: int = 0,
+        per_client_bases: bool = False,
+    ) -> None:
+        """Keep the pieces; nothing is computed yet."""
+        self.tensors = parameters
+        self.train_model = train
+        self.evaluate_model = evaluate
+        self.replica = replica
+        self.cache = cache
+        self.partition_id = partition_id
+        self.per_client_bases = per_client_bases
+
+    def get_properties(self, config: Metrics) -> Metrics:
+        """Say which base model this node has."""
+        return self._guarded(self._properties)
+
+    def fit(self, parameters: NDArrays, config: Metrics) -> tuple[NDArrays, int, Metrics]:
+        """Train one round; answer with γ, or with an ``error`` that the server will name."""
+        answer: dict[str, Any] = {"arrays": [], "examples": 0}
+
+        def step() -> Metrics:
+            answer["arrays"], answer["examples"], metrics = self._fit(parameters, config)
+            return metrics
+
+        metrics = self._guarded(step)
+        return answer["arrays"], answer["examples"], metrics
+
+    def evaluate(self, parameters: NDArrays, config: Metrics) -> tuple[float, int, Metrics]:
+        """Evaluate the current model on this node's data."""
+        answer: dict[str, Any] = {"loss": 0.0, "examples": 0}
+
+        def step() -> Metrics:
+            answer["loss"], answer["examples"], metrics = self._evaluate(parameters, config)
+            return metrics
+
+        metrics = self._guarded(step)
+        return answer["loss"], answer["examples"], metrics
+
+    def _guarded(self, step: Callable[[], Metrics]) -> Metrics:
+        """Turn any failure into an answer: a raised error would reach the server without a name."""
+        try:
+            return step() | {"partition-id": self.partition_id}
+        except Exception as error:
+            log.exception("partition %d failed", self.partition_id)
+            text = f"{type(error).__name__}: {error}"
+            return {"error": text, "partition-id": self.partition_id}
+
+    def _properties(self) -> Metrics:
+        header = self.replica(0).header
+        return {"layout": header.layout, "size": header.size, "base": header.base}
+
+    def _fit(self, parameters: NDArrays, config: Metrics) -> tuple[NDArrays, int, Metrics]:
+        start = time.perf_counter()
+        request = wire.decode(parameters, config)
+        if request.plan is None:
+            raise wire.ProtocolError("a request to train without a plan")
+        replica, ledger, cached = self._catch_up(request)
+        plan = request.plan
+        if self.per_client_bases:
+            plan = plan.with_seed(derive_seed(plan.seed, self.partition_id))
+        caught_up = time.perf_counter()
+        update, (examples, metrics) = ferret.local_round(
+            replica, self.tensors, plan, lambda: self.train_model(plan.round, config)
+        )
+        answer: Metrics = {
+            "round": plan.round,
+            "seed": plan.seed,
+            "fingerprint": replica.fingerprint,
+            "cached": cached,
+            "ferret/fidelity": update.fidelity,
+            "time/local_s": update.train_seconds,
+            "time/project_s": update.project_seconds,
+            "time/reconstruct_s": caught_up - start,
+        }
+        return [update.coefficients], examples, answer | metrics
+
+    def _evaluate(self, parameters: NDArrays, config: Metrics) -> tuple[float, int, Metrics]:
+        if self.evaluate_model is None:
+            raise RuntimeError("this client cannot evaluate: FerretClient got no `evaluate`")
+        replica, ledger, cached = self._catch_up(wire.decode(parameters, config))
+        load_masters(self.tensors, replica.arrays)
+        loss, examples, metrics = self.evaluate_model(len(ledger), config)
+        return loss, examples, metrics | {"cached": cached}
+
+    def _catch_up(self, request: wire.Request) -> tuple[Replica, Ledger, int]:
+        ledger, cached = self.cache.complete(request)
+        replica = self.replica(len(ledger))
+        request.header.check(replica.header, "this node")
+        replica.follow(ledger)
+        return replica, ledger, cached
+
+
+class FedAvgClient(NumPyClient):
+    """The same local training with full weights on the wire.
+
+    Parameters
+    ----------
+    parameters, train, evaluate, partition_id
+        As in `FerretClient`.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        train: Step,
+        *,
+        evaluate: Score | None = None,
+        partition_id: int = 0,
+    ) -> None:
+        """Keep the pieces."""
+        self.tensors = parameters
+        self.train_model = train
+        self.evaluate_model = evaluate
+        self.partition_id = partition_id
+
+    def get_parameters(self, config: Metrics) -> NDArrays:
+        """Return the base weights in float32."""
+        return masters_of(self.tensors)
+
+    def fit(self, parameters: NDArrays, config: Metrics) -> tuple[NDArrays, int, Metrics]:
+        """Train one round from ``parameters``; answer with the trained weights."""
+        start = time.perf_counter()
+        weights, (examples, metrics) = fedavg.local_round(
+            parameters,
+            self.tensors,
+            lambda: self.train_model(int(config["round"]), config),
+        )
+        if not all(np.isfinite(w).all() for w in weights):
+            raise FloatingPointError(f"partition {self.partition_id}: weights are not finite")
+        seconds = time.perf_counter() - start
+        return (
+            weights,
+            examples,
+            {"time/local_s": seconds, "partition-id": self.partition_id} | metrics,
+        )
+
+    def evaluate(self, parameters: NDArrays, config: Metrics) -> tuple[float, int, Metrics]:
+        """Evaluate ``parameters`` on this node's data."""
+        if self.evaluate_model is None:
+            raise RuntimeError("this client cannot evaluate: FedAvgClient got no `evaluate`")
+        load_masters(self.tensors, parameters)
+        return self.evaluate_model(int(config["round"]), config)

@@ -1,0 +1,342 @@
+"""`Ferret` wraps a Flower strategy: the inner one samples the clients and averages K numbers."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from flwr.common import (
+    Code,
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    GetPropertiesIns,
+    Parameters,
+    Scalar,
+    ndarrays_to_parameters,
+    parameters_to_ndarrays,
+)
+from flwr.server.client_manager import ClientManager
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.strategy import Strategy
+
+from ferret_flwr.config import ConfigError, FerretConfig
+from ferret_flwr.flower import wire
+from ferret_flwr.ledger import Header, Ledger, LedgerError
+from ferret_flwr.projection.plan import PlanError, RoundPlan
+from ferret_flwr.replica import Replica
+from ferret_flwr.rounds import next_plan, publish, server_rate
+
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, Scalar]
+Evaluate = Callable[[Replica], tuple[float, Metrics] | None]
+FitResult = tuple[ClientProxy, FitRes]
+
+ASKED_FOR_HEADER = 5  # nodes whose base model decides, where the server has none
+
+
+class Ferret(Strategy):
+    """Federated full-parameter tuning in K numbers a round, around any Flower strategy.
+
+    Parameters
+    ----------
+    strategy
+        Samples the clients and aggregates their K-vectors as it would aggregate weights.
+    config
+        Number, family and allocation of the bases, server rate.
+    seed
+        The run's seed; every round's bases follow from it.
+    num_rounds
+        Length of the whole run, which the decaying server rates need.
+    replica
+        A model that follows the ledger on the server. Without one the server needs no model: it
+        learns the number of parameters from a node.
+    evaluate
+        Called with the replica after each round, returns a loss and metrics, or None.
+    ledger
+        A ledger to continue from.
+    ledger_path
+        Where the ledger is written after each round.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        config: FerretConfig | None = None,
+        *,
+        seed: int = 42,
+        num_rounds: int = 0,
+        replica: Replica | None = None,
+        evaluate: Evaluate | None = None,
+        ledger: Ledger | None = None,
+        ledger_path: Path | None = None,
+    ) -> None:
+        """Bring the replica to the end of the ledger, if both are given."""
+        self.strategy = strategy
+        self.config = config or FerretConfig()
+        if self.config.rate_schedule != "constant" and num_rounds < 1:
+            raise ConfigError(
+                f"the server rate is '{self.config.rate_schedule}': Ferret needs num_rounds"
+            )
+        self.seed = seed
+        self.num_rounds = num_rounds
+        self.replica = replica
+        self.evaluate_replica = evaluate
+        self.ledger_path = ledger_path
+        self.ledger = ledger
+        if replica is not None:
+            self.ledger = ledger or Ledger(replica.header)
+            replica.follow(self.ledger)
+        self.plan: RoundPlan | None = None
+        self.refused: dict[str, str] = {}  # node -> why its reply of this round was not used
+        self._reached: dict[str, int] = {}  # node -> rounds in its ledger cache
+
+    def __repr__(self) -> str:
+        """Name the inner strategy."""
+        return f"Ferret({self.strategy!r})"
+
+    def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
+        """Learn what the nodes' base model is, unless the server has it; return no weights."""
+        self.strategy.initialize_parameters(client_manager)
+        if self.ledger is None:
+            self.ledger = Ledger(_ask_for_header(client_manager))
+        return ndarrays_to_parameters([np.zeros(1, dtype=np.float32)])
+
+    def configure_fit(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, FitIns]]:
+        """Plan the round and send each sampled node what it misses."""
+        ledger = self._ledger()
+        self.plan = next_plan(ledger, self.config, self.seed)
+        zeros = np.zeros(self.plan.num_coefficients, dtype=np.float32)
+        chosen = self.strategy.configure_fit(
+            server_round=server_round,
+            parameters=ndarrays_to_parameters([zeros]),
+            client_manager=client_manager,
+        )
+        requests = []
+        for client, instruction in chosen:
+            arrays, entry = self._request(client, self.plan)
+            requests.append((client, FitIns(arrays, instruction.config | entry)))
+        return requests
+
+    def aggregate_fit(
+        self,
+        server_round: int,
+        results: list[FitResult],
+        failures: list[FitResult | BaseException],
+    ) -> tuple[Parameters | None, Metrics]:
+        """Check the replies, let the inner strategy average them, publish the round."""
+        assert self.plan is not None, "configure_fit comes first"
+        self.refused = {}
+        accepted = self._accept(results)
+        for failure in failures:
+            log.warning("a node failed: %s", failure if isinstance(failure, BaseException) else "")
+        if not accepted:
+            log.error("round %d: no usable reply, nothing is published", self.plan.round)
+            return None, {}
+        rate = server_rate(self.config, self.plan.round, self.num_rounds)
+        if self.config.bases == "per-client":
+            metrics: Metrics = {}
+            weights = np.array([res.num_examples for _, res in accepted], dtype=np.float64)
+            rows = np.stack([parameters_to_ndarrays(res.parameters)[0] for _, res in accepted])
+            seeds = [int(res.metrics["seed"]) for _, res in accepted]
+            entry = publish(self.plan, rows * (weights / weights.sum())[:, None], rate, seeds)
+        else:
+            aggregate, metrics = self.strategy.aggregate_fit(
+                server_round=server_round, results=accepted, failures=failures
+            )
+            if aggregate is None:
+                log.error("round %d: the inner strategy returned nothing", self.plan.round)
+                return None, metrics
+            try:
+                entry = publish(self.plan, parameters_to_ndarrays(aggregate)[0], rate)
+            except PlanError as error:
+                log.error("round %d is not published: %s", self.plan.round, error)
+                return None, metrics
+        self.ledger = self._ledger().append(entry)
+        if self.replica is not None:
+            self.replica.follow(self.ledger)
+            self.ledger = self.ledger.with_fingerprint(self.replica.fingerprint)
+        self._save()
+        return ndarrays_to_parameters([np.zeros(1, dtype=np.float32)]), metrics
+
+    def evaluate(
+        self, server_round: int, parameters: Parameters
+    ) -> tuple[float, Metrics] | None:
+        """Evaluate the server's replica, if there is one."""
+        if self.replica is None or self.evaluate_replica is None:
+            return None
+        return self.evaluate_replica(self.replica)
+
+    def configure_evaluate(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, EvaluateIns]]:
+        """Send each node that the inner strategy chose what it misses."""
+        chosen = self.strategy.configure_evaluate(
+            server_round=server_round, parameters=parameters, client_manager=client_manager
+        )
+        requests = []
+        for client, instruction in chosen:
+            arrays, entry = self._request(client, None)
+            requests.append((client, EvaluateIns(arrays, instruction.config | entry)))
+        return requests
+
+    def aggregate_evaluate(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, EvaluateRes]],
+        failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
+    ) -> tuple[float | None, Metrics]:
+        """Leave the averaging to the inner strategy."""
+        usable = []
+        for client, reply in results:
+            if error := reply.metrics.get("error"):
+                self._refuse(client, reply.metrics, str(error))
+            else:
+                self._reached[client.cid] = _cached(reply.metrics, len(self._ledger()))
+                usable.append((client, reply))
+        return self.strategy.aggregate_evaluate(
+            server_round=server_round, results=usable, failures=failures
+        )
+
+    def _ledger(self) -> Ledger:
+        if self.ledger is None:
+            raise LedgerError("the ledger has no header yet: initialize_parameters comes first")
+        return self.ledger
+
+    def _request(
+        self, client: ClientProxy, plan: RoundPlan | None
+    ) -> tuple[Parameters, dict[str, Scalar]]:
+        since = self._reached.get(client.cid, 0)
+        return wire.encode(wire.Request.of(self._ledger(), since, plan))
+
+    def _refuse(self, client: ClientProxy, metrics: Metrics, reason: str) -> None:
+        """Name the node, and send it the whole ledger next time."""
+        name = _name(client, metrics)
+        self.refused[name] = reason
+        self._reached[client.cid] = 0
+        log.warning("%s is left out: %s", name, reason)
+
+    def _accept(self, results: list[FitResult]) -> list[FitResult]:
+        """Return the replies that can be used, in an order that does not depend on arrival."""
+        plan, ledger = self.plan, self._ledger()
+        assert plan is not None
+        usable = []
+        for client, reply in sorted(results, key=_order):
+            try:
+                _check_reply(reply, plan)
+                usable.append((client, reply))
+            except (ValueError, PlanError) as error:
+                self._refuse(client, reply.metrics, str(error))
+        expected = ledger.fingerprint or self._vote(usable)
+        if expected and not ledger.fingerprint:
+            self.ledger = ledger.with_fingerprint(expected)
+        accepted = []
+        for client, reply in usable:
+            if reply.metrics["fingerprint"] == expected:
+                self._reached[client.cid] = _cached(reply.metrics, len(ledger))
+                accepted.append((client, _without_private(reply)))
+            else:
+                self._refuse(
+                    client,
+                    reply.metrics,
+                    f"it trained from parameters {reply.metrics['fingerprint']}, expected "
+                    f"{expected or 'a majority to agree'}: its replica is stale or has diverged",
+                )
+        return accepted
+
+    def _vote(self, results: list[FitResult]) -> str:
+        """Return the fingerprint that more than half of the nodes report, "" if none."""
+        votes = Counter(str(reply.metrics["fingerprint"]) for _, reply in results)
+        fingerprint, count = votes.most_common(1)[0] if votes else ("", 0)
+        return fingerprint if 2 * count > len(results) else ""
+
+    def _save(self) -> None:
+        if self.ledger_path is None:
+            return
+        try:
+            self._ledger().save(self.ledger_path)
+        except OSError as error:
+            log.error(
+                "cannot write the ledger '%s': %s; the previous one is kept, the next round tries "
+                "again",
+                self.ledger_path,
+                error.strerror,
+            )
+
+
+def _name(client: ClientProxy, metrics: Metrics) -> str:
+    if "partition-id" in metrics:
+        return f"node {client.cid} (partition {metrics['partition-id']})"
+    return f"node {client.cid}"
+
+
+def _cached(metrics: Metrics, most: int) -> int:
+    """Return how many rounds the node says it keeps on its disk."""
+    cached = metrics.get("cached", 0)
+    return cached if isinstance(cached, int) and 0 <= cached <= most else 0
+
+
+def _order(result: FitResult) -> tuple[int, str]:
+    """Sort by partition: node ids differ from run to run in simulation."""
+    client, reply = result
+    partition = reply.metrics.get("partition-id", -1)
+    return (partition if isinstance(partition, int) else -1), client.cid
+
+
+def _check_reply(reply: FitRes, plan: RoundPlan) -> None:
+    """Raise `ValueError` saying why ``reply`` cannot be used."""
+    if error := reply.metrics.get("error"):
+        raise ValueError(str(error))
+    for key, kind in (("round", int), ("seed", int), ("fingerprint", str)):
+        if not isinstance(reply.metrics.get(key), kind):
+            raise ValueError(f"its reply has no '{key}': it must use FerretClient")
+    if reply.metrics["round"] != plan.round:
+        raise ValueError(f"it replied to round {reply.metrics['round']}, this is {plan.round}")
+    if reply.num_examples < 1:
+        raise ValueError(f"it reports {reply.num_examples} examples")
+    arrays = parameters_to_ndarrays(reply.parameters)
+    if len(arrays) != 1 or arrays[0].dtype != np.float32:
+        raise ValueError(f"expected one float32 array, got {[str(a.dtype) for a in arrays]}")
+    plan.check_coefficients(arrays[0], owner="its reply")
+
+
+def _without_private(reply: FitRes) -> FitRes:
+    """Return ``reply`` with numeric metrics only, which is what aggregation functions expect."""
+    numbers = {k: v for k, v in reply.metrics.items() if isinstance(v, int | float)}
+    return replace(reply, metrics=numbers)
+
+
+def _ask_for_header(client_manager: ClientManager) -> Header:
+    """Return the header that most of a few nodes report for their base model.
+
+    Raises
+    ------
+    LedgerError
+        If no node could say, naming what the nodes answered instead.
+    """
+    client_manager.wait_for(1)
+    count = min(ASKED_FOR_HEADER, client_manager.num_available())
+    votes: Counter[Header] = Counter()
+    errors = []
+    for client in client_manager.sample(count):
+        answer = client.get_properties(GetPropertiesIns(config={}), timeout=None, group_id=0)
+        properties = answer.properties
+        if answer.status.code != Code.OK or "error" in properties or "layout" not in properties:
+            reason = properties.get("error", answer.status.message)
+            errors.append(f"{_name(client, properties)}: {reason}")
+            continue
+        layout, base = str(properties["layout"]), str(properties["base"])
+        votes[Header(layout, int(properties["size"]), base)] += 1
+    for error in errors:
+        log.warning(error)
+    if not votes:
+        raise LedgerError("no node could load its base model:\n" + "\n".join(errors))
+    return votes.most_common(1)[0][0]

@@ -1,0 +1,174 @@
+"""What crosses the wire, and what it weighs.
+
+A request carries one JSON text under the key ``ferret`` and, as arrays, the packed bases per block
+of the coming round (in requests to train) and of each missed entry with its coefficients. A reply
+carries γ as one float32 array and a few scalars. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common import Parameters, Scalar, ndarrays_to_parameters
+from flwr.common.serde import recorddict_to_proto
+
+from ferret_flwr.ledger import Entry, Header, Ledger, LedgerError, unpack_plan
+from ferret_flwr.projection.packing import pack_counts
+from ferret_flwr.projection.plan import PlanError, RoundPlan
+
+KEY = "ferret"
+PROTOCOL = 1
+
+
+class ProtocolError(ValueError):
+    """A message is not one of this protocol, or of another version of it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a node needs to reach the current model and, to train, the plan of the round.
+
+    Attributes
+    ----------
+    header
+        Which model the ledger is for.
+    since, since_head
+        The round that the node is thought to have reached, and the ledger's digest there.
+    entries
+        The rounds behind ``since``.
+    head
+        The ledger's digest at its end.
+    fingerprint
+        Of the parameters there, "" if the server does not know it.
+    plan
+        The bases of the coming round; None in a request to evaluate.
+    """
+
+    header: Header
+    since: int
+    since_head: str
+    entries: tuple[Entry, ...]
+    head: str
+    fingerprint: str
+    plan: RoundPlan | None
+
+    @classmethod
+    def of(cls, ledger: Ledger, since: int, plan: RoundPlan | None) -> Request:
+        """Return the request for a node that has the first ``since`` rounds of ``ledger``."""
+        return cls(
+            ledger.header,
+            since,
+            ledger.digests[since],
+            ledger.entries[since:],
+            ledger.head,
+            ledger.fingerprint,
+            plan,
+        )
+
+
+def encode(request: Request) -> tuple[Parameters, dict[str, Scalar]]:
+    """Return the arrays and the config entry of a request."""
+    arrays, metas = [], []
+    if request.plan is not None:
+        arrays.append(pack_counts(request.plan.bases_per_block))
+    for entry in request.entries:
+        meta, pair = entry.pack()
+        metas.append(meta)
+        arrays.extend(pair)
+    plan = request.plan and {
+        "round": request.plan.round,
+        "seed": request.plan.seed,
+        "family": request.plan.family,
+        "block-size": request.plan.blocks.block_size,
+    }
+    text = json.dumps(
+        {
+            "protocol": PROTOCOL,
+            "header": asdict(request.header),
+            "since": request.since,
+            "since-head": request.since_head,
+            "entries": metas,
+            "head": request.head,
+            "fingerprint": request.fingerprint,
+            "plan": plan,
+        },
+        separators=(",", ":"),
+    )
+    return ndarrays_to_parameters(arrays), {KEY: text}
+
+
+def decode(arrays: Sequence[np.ndarray], config: Mapping[str, Any]) -> Request:
+    """Return the request behind the arguments of `NumPyClient.fit` or ``evaluate``.
+
+    Raises
+    ------
+    ProtocolError
+        If it is not a request of this protocol.
+    """
+    if KEY not in config:
+        raise ProtocolError(
+            f"the request has no '{KEY}' entry: the server must use the Ferret strategy"
+        )
+    try:
+        values = json.loads(config[KEY])
+        if values["protocol"] != PROTOCOL:
+            raise ProtocolError(
+                f"the server speaks protocol {values['protocol']}, this node {PROTOCOL}: "
+                "install the same version of ferret-flwr on both"
+            )
+        header = Header(**values["header"])
+        rest = list(arrays)
+        plan = None
+        if values["plan"] is not None:
+            plan = unpack_plan(values["plan"], rest.pop(0), header.size)
+        entries = tuple(
+            Entry.unpack(meta, rest[2 * i : 2 * i + 2], header.size)
+            for i, meta in enumerate(values["entries"])
+        )
+        return Request(
+            header,
+            values["since"],
+            values["since-head"],
+            entries,
+            values["head"],
+            values["fingerprint"],
+            plan,
+        )
+    except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+        raise ProtocolError(f"the request is not valid: {error!r}") from error
+    except (PlanError, LedgerError) as error:
+        raise ProtocolError(f"the request is not valid: {error}") from error
+
+
+def payload_nbytes(plan: RoundPlan, seeds: int = 1) -> int:
+    """Return the bytes of one round's arrays to a node that missed one round of such a plan.
+
+    Parameters
+    ----------
+    plan
+        The round's bases; the missed round is taken to have as many.
+    seeds
+        Clients of the missed round if bases are per client, 1 if they are shared.
+    """
+    counts = pack_counts(plan.bases_per_block).nbytes
+    return 2 * counts + 4 * seeds * plan.num_coefficients
+
+
+def message_nbytes(parameters: Parameters, scalars: Mapping[str, Scalar]) -> int:
+    """Return the size of a request or a reply as Flower serialises it.
+
+    The arrays' bytes are counted, their framing and the scalars are serialised to be measured.
+    """
+    frames = {
+        str(i): Array(data=b"", dtype="", stype=parameters.tensor_type, shape=())
+        for i in range(len(parameters.tensors))
+    }
+    record = RecordDict(
+        {"parameters": ArrayRecord(frames), "scalars": ConfigRecord(dict(scalars))}
+    )
+    return sum(len(t) for t in parameters.tensors) + recorddict_to_proto(record).ByteSize()

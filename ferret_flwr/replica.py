@@ -1,0 +1,71 @@
+"""A model that follows the ledger: its canonical float32 parameters at some round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ferret_flwr.ledger import Entry, Header, Ledger, LedgerError
+from ferret_flwr.projection import projection
+from ferret_flwr.projection.layout import Layout
+
+
+class ReplicaError(RuntimeError):
+    """The parameters are not the ones that the ledger leads to."""
+
+
+class Replica:
+    """The canonical parameters m_r, with m_0 = float32(w_0) and m_r = m_{r-1} − Δ̂_r.
+
+    Parameters
+    ----------
+    layout
+        The names and shapes of the tensors.
+    arrays
+        m_0 in layout order: float32, owned and changed in place by the replica.
+    """
+
+    def __init__(self, layout: Layout, arrays: Sequence[np.ndarray]) -> None:
+        """Take the arrays over and fingerprint them."""
+        self.layout = layout
+        self.arrays = list(arrays)
+        self.round = 0
+        self._fingerprint: str | None = None
+        self.header = Header(layout.fingerprint, layout.size, self.fingerprint)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the parameters as they are now."""
+        if self._fingerprint is None:
+            self._fingerprint = projection.fingerprint(self.arrays, self.layout)
+        return self._fingerprint
+
+    def follow(self, ledger: Ledger) -> None:
+        """Apply the rounds of ``ledger`` that are still missing.
+
+        Raises
+        ------
+        LedgerError
+            If the ledger belongs to another model or ends before the replica's round; nothing
+            has changed then.
+        ReplicaError
+            If the parameters at the end are not those that the ledger's fingerprint names.
+        """
+        ledger.header.check(self.header, "this model")
+        if len(ledger) < self.round:
+            raise LedgerError(f"the replica is at round {self.round}, the ledger at {len(ledger)}")
+        for entry in ledger.entries[self.round :]:
+            self._apply(entry)
+        if ledger.fingerprint and ledger.fingerprint != self.fingerprint:
+            raise ReplicaError(
+                f"the parameters after round {self.round} have fingerprint {self.fingerprint}, "
+                f"the ledger names {ledger.fingerprint}"
+            )
+
+    def _apply(self, entry: Entry) -> None:
+        self._fingerprint = None
+        for seed, coefficients in zip(entry.seeds, entry.coefficients, strict=True):
+            plan = entry.plan.with_seed(seed)
+            projection.subtract(self.arrays, self.layout, plan, coefficients)
+        self.round = entry.round

@@ -1,0 +1,136 @@
+"""What the server decides in a round: the plan before it, the published entry after it.
+
+Both are pure functions of the ledger and the configuration, so a resumed run continues bit for
+bit, and neither needs a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ferret_flwr.config import ConfigError, FerretConfig
+from ferret_flwr.ledger import Entry, Ledger
+from ferret_flwr.projection.allocation import allocate
+from ferret_flwr.projection.kernels.philox import derive_seed
+from ferret_flwr.projection.layout import Blocks
+from ferret_flwr.projection.plan import RoundPlan
+
+
+def next_plan(ledger: Ledger, config: FerretConfig, seed: int) -> RoundPlan:
+    """Return the plan of the round behind the ledger's last.
+
+    Parameters
+    ----------
+    ledger
+        The rounds published so far; their coefficients tell where the update's energy lies.
+    config
+        How many bases, of which family, and how to allocate them.
+    seed
+        The run's seed.
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer coefficients than blocks.
+    """
+    blocks = Blocks.of(ledger.header.size, config.blocks or max(1, config.coefficients // 2))
+    if config.coefficients < blocks.count:
+        raise ConfigError(
+            f"'ferret.coefficients' must be at least the number of blocks = {blocks.count}, "
+            f"got {config.coefficients}"
+        )
+    energies = block_energies(ledger, blocks, config)
+    cap = config.max_per_block if config.allocation == "energy" else None
+    counts = allocate(config.allocation, energies, blocks, config.coefficients, cap)
+    number = len(ledger) + 1
+    return RoundPlan(number, derive_seed(seed, number), config.family, blocks, counts)
+
+
+def block_energies(ledger: Ledger, blocks: Blocks, config: FerretConfig) -> np.ndarray:
+    """Estimate ‖Δ_l‖² of the coming round from the published coefficients of the past.
+
+    γ² / ρ is an unbiased estimate of ‖Δ_l‖², averaged over a block's bases, then over rounds by
+    an exponential moving average with a floor that keeps a block from being forgotten.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64, ``(L,)``; all ones before the first round.
+    """
+    energies = None
+    for entry in ledger.entries:
+        if entry.plan.blocks == blocks and entry.rate > 0:
+            new = _entry_energies(entry)
+            keep = config.energy_decay if energies is not None else 0.0
+            energies = keep * (energies if energies is not None else 0.0) + (1 - keep) * new
+    if energies is None or not energies.any():
+        return np.ones(blocks.count)
+    return np.maximum(energies, config.energy_floor * energies.mean())
+
+
+def _entry_energies(entry: Entry) -> np.ndarray:
+    plan = entry.plan
+    projected = entry.coefficients.astype(np.float64) / (entry.rate * plan.unbiased_scale())
+    squares = np.add.reduceat((projected**2).mean(axis=0), plan.offsets[:-1])
+    return squares / (plan.bases_per_block * plan.second_moment)
+
+
+def server_rate(config: FerretConfig, round: int, num_rounds: int) -> float:
+    """Return the server learning rate of ``round``, where 1 applies the average update.
+
+    Parameters
+    ----------
+    config
+        The rate, the factor on it in the first round, and the schedule.
+    round
+        1 for the first.
+    num_rounds
+        Length of the run, which the decaying schedules need.
+    """
+    if round == 1:
+        return config.server_rate * config.warmup_rate
+    done = min(1.0, (round - 1) / max(1, num_rounds))
+    factor = {
+        "constant": 1.0,
+        "linear": 1.0 - done,
+        "cosine": (1.0 + math.cos(math.pi * done)) / 2,
+    }[config.rate_schedule]
+    return config.server_rate * factor
+
+
+def publish(
+    plan: RoundPlan, projected: np.ndarray, rate: float, seeds: Sequence[int] | None = None
+) -> Entry:
+    """Fold every factor into the aggregated coefficients.
+
+    Parameters
+    ----------
+    plan
+        The round's bases.
+    projected
+        γ averaged over the clients, ``(K,)``; or, with ``seeds``, each client's γ times its
+        weight in the average, ``(len(seeds), K)``.
+    rate
+        The server learning rate.
+    seeds
+        The clients' own seeds, where bases are not shared.
+
+    Returns
+    -------
+    Entry
+        With c = rate·γ/(ρ K_l) in float32.
+
+    Raises
+    ------
+    PlanError
+        If the coefficients are not K finite numbers in float32.
+    """
+    rows = np.atleast_2d(np.asarray(projected, dtype=np.float64))
+    for row in rows:
+        plan.check_coefficients(row, owner="the aggregate")
+    with np.errstate(over="ignore"):
+        coefficients = (rate * rows * plan.unbiased_scale()).astype(np.float32)
+    return Entry(plan, tuple(seeds) if seeds else (plan.seed,), coefficients, rate)

@@ -1,0 +1,206 @@
+"""One client's training in one round: a pure function of weights, examples, settings and seed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+import datasets
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
+
+from ferret_flwr.config import ConfigError, TrainConfig
+
+from .data import IGNORED, Tokens, collate
+from .errors import NonFiniteLossError
+from .models import trainable_parameters
+from .optimizers import learning_rate, make_optimizer
+from .stream import example_stream
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, float], None]  # (steps done, steps, loss of the step)
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What one client did in one round."""
+
+    loss: float  # mean over all response tokens of the round
+    first_loss: float  # of the first step
+    last_loss: float  # of the last step
+    num_examples: int
+    num_tokens: int  # response tokens that were learned
+    num_dropped: int  # examples replaced because they were too long
+    steps: int
+    seconds: float
+
+
+def train_locally(
+    model: torch.nn.Module,
+    examples: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    *,
+    too_long: str,
+    seed: int,
+    partition_id: int,
+    round: int,
+    num_rounds: int,
+    progress: Progress | None = None,
+) -> LocalResult:
+    """Train ``model`` in place for the steps of one round.
+
+    The gradient of a step is that of the mean loss over all its response tokens, however they are
+    spread over ``gradient_accumulation`` forward passes. The optimizer starts fresh.
+
+    Parameters
+    ----------
+    model
+        A causal language model, on any device, in any floating-point type.
+    examples
+        The client's share, from `partition`.
+    tokenizer
+        The tokenizer of ``model``.
+    config
+        ``steps``, ``batch_size`` and the rest of `train.*`.
+    too_long
+        `dataset.too-long`, see `tokenize`.
+    seed, partition_id
+        Which order the examples come in, see `example_stream`.
+    round, num_rounds
+        The round, from 1, and how many there are: where the schedule and the stream stand.
+    progress
+        Called after each step with the steps done, their number and the loss.
+
+    Raises
+    ------
+    NonFiniteLossError
+        If a loss or gradient norm is not finite; the step is not applied, earlier ones are.
+    DataError
+        If an example is too long and ``too_long`` is ``"error"``, or none fits.
+    ConfigError
+        If the optimizer does not exist, or ``seq_length`` is beyond what the model can take.
+    """
+    start = time.perf_counter()
+    _check_seq_length(model, config)
+    parameters = list(trainable_parameters(model).values())
+    optimizer = make_optimizer(parameters, config)
+    per_step = config.batch_size * config.gradient_accumulation
+    stream = example_stream(
+        examples, tokenizer, config.seq_length, too_long, seed=seed, partition_id=partition_id,
+        start=(round - 1) * config.steps * per_step,
+    )  # fmt: skip
+    losses: list[float] = []
+    counts: list[int] = []
+    dropped = 0
+    was_training = model.training
+    model.train()
+    try:
+        for step in range(config.steps):
+            drawn = list(islice(stream, per_step))
+            dropped += sum(skipped for _, skipped in drawn)
+            loss, count = _backward(model, [t for t, _ in drawn], config, tokenizer.pad_token_id)
+            norm = _gradient_norm(parameters)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NonFiniteLossError(
+                    f"round {round}, partition {partition_id}, step {step + 1} of {config.steps}: "
+                    f"the loss is {loss} and the gradient norm {norm}; the step was not applied. "
+                    "Try a lower 'train.learning-rate', 'train.max-grad-norm' = 1.0, or "
+                    "'model.dtype' = 'float32'"
+                )
+            if config.max_grad_norm:
+                torch.nn.utils.clip_grads_with_norm_(
+                    parameters, config.max_grad_norm, torch.tensor(norm)
+                )
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(
+                    (round - 1) * config.steps + step, num_rounds * config.steps, config
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss)
+            counts.append(count)
+            if progress is not None:
+                progress(step + 1, config.steps, loss)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+    if dropped:
+        log.warning("%d drawn examples were longer than 'train.seq-length', and replaced", dropped)
+    return LocalResult(
+        loss=math.fsum(x * n for x, n in zip(losses, counts, strict=True)) / sum(counts),
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        num_examples=config.steps * per_step,
+        num_tokens=sum(counts),
+        num_dropped=dropped,
+        steps=config.steps,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def negative_log_likelihood(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return -log p of each learned token, in float32, and the row it is in.
+
+    Parameters
+    ----------
+    model
+        A causal language model.
+    batch
+        As from `collate`, each of shape (B, T).
+
+    Returns
+    -------
+    nll, row
+        Shape (N,) each, N the number of labels that are not ignored.
+    """
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits  # (B, T, V)
+    targets = batch["labels"][:, 1:]
+    learned = targets != IGNORED
+    # Selected before the conversion to float32: most of (B, T, V) is prompt and padding.
+    nll = F.cross_entropy(logits[:, :-1][learned].float(), targets[learned], reduction="none")
+    return nll, learned.nonzero()[:, 0]
+
+
+def _backward(
+    model: torch.nn.Module, drawn: list[Tokens], config: TrainConfig, pad_id: int
+) -> tuple[float, int]:
+    """Accumulate the gradient of the mean loss over the tokens of ``drawn``; return both."""
+    device = next(model.parameters()).device
+    count = sum(len(t.response) for t in drawn)
+    total = torch.zeros((), device=device)
+    for i in range(0, len(drawn), config.batch_size):
+        batch = collate(drawn[i : i + config.batch_size], pad_id, device)
+        loss = negative_log_likelihood(model, batch)[0].sum() / count
+        loss.backward()
+        total += loss.detach()
+    return float(total), count
+
+
+def _gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
+    """Return the Euclidean norm of all gradients, accumulated in float32 whatever their type."""
+    device = parameters[0].device  # of the result; a model may be spread over several
+    norms = [
+        torch.linalg.vector_norm(p.grad, dtype=torch.float32).to(device)
+        for p in parameters
+        if p.grad is not None
+    ]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def _check_seq_length(model: torch.nn.Module, config: TrainConfig) -> None:
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit and config.seq_length > limit:
+        raise ConfigError(
+            f"'train.seq-length' = {config.seq_length} is beyond the {limit} positions of the model"
+        )

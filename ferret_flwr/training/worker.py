@@ -1,0 +1,171 @@
+"""What a process keeps in memory: a model, its replica, and the data of the nodes it serves."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+
+import datasets
+
+from ferret_flwr.config import Config, DatasetConfig, ModelConfig
+from ferret_flwr.projection.layout import Layout
+from ferret_flwr.replica import Replica
+from ferret_flwr.training.data import Split, load_examples
+from ferret_flwr.training.evaluation import evaluate
+from ferret_flwr.training.local import LocalResult, train_locally
+from ferret_flwr.training.models import LanguageModel, load_model, trainable_parameters
+from ferret_flwr.training.optimizers import check_optimizer
+from ferret_flwr.training.partition import partition
+from ferret_flwr.training.tensors import as_arrays, masters_of
+
+log = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 5.0
+
+
+class Worker:
+    """One language model in this process and the canonical parameters behind it.
+
+    Parameters
+    ----------
+    config
+        Which model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Load the base model."""
+        self.config = config
+        self.lm: LanguageModel = load_model(config)
+        self.parameters = trainable_parameters(self.lm.model)
+        self.layout = Layout.of(self.parameters)
+        self._replica: Replica | None = None
+
+    def replica(self, round: int) -> Replica:
+        """Return the process's replica, started again from the base if it is beyond ``round``."""
+        if self._replica is None:
+            self._replica = Replica(self.layout, masters_of(self.parameters))
+        elif self._replica.round > round:
+            base = trainable_parameters(load_model(self.config).model)
+            self._replica = Replica(self.layout, masters_of(base))
+        return self._replica
+
+
+@lru_cache(maxsize=1)
+def worker(config: ModelConfig) -> Worker:
+    """Return this process's worker for ``config``."""
+    return Worker(config)
+
+
+@lru_cache(maxsize=2)
+def _split(dataset: DatasetConfig, seed: int, model: ModelConfig) -> Split:
+    return load_examples(dataset, seed=seed, tokenizer=worker(model).lm.tokenizer)
+
+
+def held_out(config: Config) -> datasets.Dataset:
+    """Return the held-out examples of a run."""
+    return _split(config.dataset, config.seed, config.model).test
+
+
+@dataclass(frozen=True)
+class Node:
+    """One partition of the data with the process's model.
+
+    Attributes
+    ----------
+    worker, examples
+        The model, and the node's training examples.
+    config, partition_id
+        The run, and which of its partitions.
+    """
+
+    worker: Worker
+    examples: datasets.Dataset
+    config: Config
+    partition_id: int
+
+    @classmethod
+    def of(cls, config: Config, partition_id: int, num_partitions: int) -> Node:
+        """Load model and data of one partition.
+
+        Raises
+        ------
+        ConfigError, ModelError, DataError
+            Naming what is wrong.
+        """
+        check_optimizer(config.train)
+        split = _split(config.dataset, config.seed, config.model)
+        examples = partition(
+            split.train,
+            config.dataset,
+            partition_id=partition_id,
+            num_partitions=num_partitions,
+            seed=config.seed,
+        )
+        return cls(worker(config.model), examples, config, partition_id)
+
+    def train(self, round: int) -> LocalResult:
+        """Train the worker's model in place for one round, showing how far it is."""
+        last = time.monotonic()
+
+        def show(step: int, steps: int, loss: float) -> None:
+            nonlocal last
+            if time.monotonic() - last > PROGRESS_SECONDS and step < steps:
+                last = time.monotonic()
+                log.info(
+                    "round %d, partition %d: step %d of %d, loss %.3f",
+                    round,
+                    self.partition_id,
+                    step,
+                    steps,
+                    loss,
+                )
+
+        return train_locally(
+            self.worker.lm.model,
+            self.examples,
+            self.worker.lm.tokenizer,
+            self.config.train,
+            too_long=self.config.dataset.too_long,
+            seed=self.config.seed,
+            partition_id=self.partition_id,
+            round=round,
+            num_rounds=self.config.num_server_rounds,
+            progress=show,
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate the worker's model on the node's own training examples."""
+        return score(self.worker.lm, self.examples, self.config)
+
+
+def score(lm: LanguageModel, examples: datasets.Dataset, config: Config) -> dict[str, float]:
+    """Evaluate ``lm`` as ``config`` says, showing how far it is."""
+    last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > PROGRESS_SECONDS and done < total:
+            last = time.monotonic()
+            log.info("evaluating: %d of %d examples", done, total)
+
+    return evaluate(
+        lm,
+        examples,
+        config.evaluate,
+        seq_length=config.train.seq_length,
+        too_long=config.dataset.too_long,
+        progress=show,
+    )
+
+
+def live_replica(worker: Worker) -> Replica:
+    """Return a replica of its own for a server that only evaluates and saves.
+
+    A float32 model is its own master, so nothing is copied: the replica moves the model.
+    """
+    arrays = as_arrays(worker.parameters.values())
+    if all(array.dtype == "float32" and array.flags.c_contiguous for array in arrays):
+        return Replica(worker.layout, arrays)
+    return Replica(worker.layout, masters_of(worker.parameters))

@@ -1,0 +1,96 @@
+"""Shares of the data: disjoint, complete, and the same for everyone who asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import datasets
+import pytest
+
+from ferret_flwr.config import ConfigError, DatasetConfig
+from ferret_flwr.training.errors import DataError
+from ferret_flwr.training.partition import PARTITIONERS, partition
+from ferret_flwr.training.synthetic import TASKS
+
+
+def shares(dataset, clients, seed=1, **settings):
+    config = DatasetConfig(**settings)
+    return [
+        partition(dataset, config, partition_id=i, num_partitions=clients, seed=seed)
+        for i in range(clients)
+    ]
+
+
+@pytest.mark.parametrize("partitioner", PARTITIONERS)
+def test_disjoint_complete_and_repeatable(split, partitioner):
+    clients = len(TASKS)
+    parts = shares(split.train, clients, partitioner=partitioner)
+    origins = [origin for part in parts for origin in part["origin"]]
+    assert sorted(origins) == sorted(split.train["origin"])
+    again = shares(split.train, clients, partitioner=partitioner)
+    assert [p["origin"][:] for p in parts] == [p["origin"][:] for p in again]
+
+
+@pytest.mark.parametrize("partitioner", ["iid", "dirichlet"])
+def test_another_seed_gives_other_shares(split, partitioner):
+    one, other = (shares(split.train, 3, seed=s, partitioner=partitioner)[0] for s in (1, 2))
+    assert set(one["origin"]) != set(other["origin"])
+
+
+def test_iid_is_even_and_dirichlet_is_not(split):
+    def largest(part):
+        return max(Counter(part["category"]).values()) / len(part)
+
+    iid = shares(split.train, 4)
+    assert max(map(len, iid)) - min(map(len, iid)) <= 1
+    skewed = shares(split.train, 4, partitioner="dirichlet", alpha=0.1)
+    assert max(map(largest, skewed)) > 0.4 > max(map(largest, iid))
+
+
+def test_natural_gives_one_group_each(split):
+    parts = shares(split.train, len(TASKS), partitioner="natural")
+    assert [set(p["category"]) for p in parts] == [{c} for c in sorted(TASKS)]
+
+
+def test_natural_with_too_few_groups(split):
+    with pytest.raises(DataError, match=r"8 groups for 9 clients"):
+        shares(split.train, 9, partitioner="natural")
+
+
+def test_natural_with_more_groups_warns(split, caplog):
+    parts = shares(split.train, 2, partitioner="natural")
+    assert len(parts) == 2
+    assert "8 groups" in caplog.text and "for 2 clients" in caplog.text and "sum" in caplog.text
+
+
+@pytest.mark.parametrize("partitioner", ["dirichlet", "natural"])
+def test_unknown_or_empty_columns(split, partitioner):
+    with pytest.raises(DataError, match="'nope'.*prompt, response, category"):
+        shares(split.train, 2, partitioner=partitioner, partition_by="nope")
+    blank = datasets.Dataset.from_dict({"category": [""] * 9})
+    with pytest.raises(DataError, match="'category' is empty"):
+        shares(blank, 2, partitioner=partitioner)
+
+
+def test_an_empty_share_is_named():
+    data = datasets.Dataset.from_dict({"category": ["a"] * 50})
+    failed = []
+    for i in range(40):
+        config = DatasetConfig(partitioner="dirichlet", alpha=0.01)
+        try:
+            partition(data, config, partition_id=i, num_partitions=40, seed=1)
+        except DataError as error:
+            assert f"partition {i} of 40 is empty" in str(error)
+            failed.append(i)
+    assert 0 < len(failed) < 40
+
+
+@pytest.mark.parametrize("partition_id", [-1, 2])
+def test_partition_id_out_of_range(split, partition_id):
+    with pytest.raises(ConfigError, match=r"0 \.\. 1 .*got"):
+        partition(split.train, DatasetConfig(), partition_id=partition_id, num_partitions=2, seed=1)
+
+
+def test_more_clients_than_examples(split):
+    with pytest.raises(DataError, match="3 training examples .* 4 clients"):
+        shares(split.train.select(range(3)), 4)
