@@ -124,7 +124,7 @@ def _info(options: argparse.Namespace) -> None:
     print(f"{'processors':<14} {os.cpu_count()}, {numba.get_num_threads()} numba threads")
     print(f"{'CUDA device':<14} {_cuda_device()}")
     error = _kernel_error()
-    print(f"{'kernels':<14} reference: live; cpu (numba): {'live' if not error else error}")
+    print(f"{'kernels':<14} reference: live; cpu (numba): {error or 'live'}")
 
 
 def _cuda_device() -> str:

@@ -43,14 +43,13 @@ class DatasetConfig:
     """Which examples are read, and how they are divided among the clients (`dataset.*`)."""
 
     name: str = "builtin:tasks"  # built-in, local JSON/JSONL file or folder, or Hub id
+    subset: str = ""  # configuration of a Hub id, as "main" of openai/gsm8k
     revision: str = ""
     split: str = "train"
     test_name: str = ""  # held-out data; "" = hold out a share of `name`
     test_split: str = "test"
     holdout: float = _within(0.1, 0.0, 0.9)  # share held out when `test_name` is ""
-    format: str = _one_of(
-        "auto", "alpaca", "dolly", "gsm8k", "natural-instructions", "messages"
-    )
+    format: str = _one_of("auto", "alpaca", "dolly", "gsm8k", "natural-instructions", "messages")
     max_examples: int = _within(0, 0)  # 0 = all
     partitioner: str = _one_of("iid", "dirichlet", "natural")
     partition_by: str = "category"  # column for dirichlet and natural
@@ -64,14 +63,14 @@ class TrainConfig:
 
     optimizer: str = "SGD"  # any name in torch.optim
     optimizer_args: str = ""  # "momentum=0.9 weight_decay=0.01"
-    learning_rate: float = _within(0.01, 0.0)
+    learning_rate: float = _within(1.0, 0.0)
     schedule: str = _one_of("constant", "linear", "cosine")  # over all rounds of the run
     warmup_steps: int = _within(0, 0)
-    steps: int = _within(10, 1)  # optimizer steps per round
-    batch_size: int = _within(1, 1)  # sequences per forward pass
-    gradient_accumulation: int = _within(4, 1)  # forward passes per optimizer step
-    seq_length: int = _within(256, 2)  # tokens
-    max_grad_norm: float = _within(0.0, 0.0)  # 0 = no clipping
+    steps: int = _within(20, 1)  # optimizer steps per round
+    batch_size: int = _within(16, 1)  # sequences per forward pass
+    gradient_accumulation: int = _within(1, 1)  # forward passes per optimizer step
+    seq_length: int = _within(64, 2)  # tokens
+    max_grad_norm: float = _within(1.0, 0.0)  # 0 = no clipping
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class EvaluateConfig:
     """Held-out evaluation (`evaluate.*`)."""
 
     every: int = _within(1, 0)  # rounds between evaluations on the server; 0 = off
-    batch_size: int = _within(8, 1)
+    batch_size: int = _within(64, 1)
     max_examples: int = _within(256, 1)  # examples for the loss
     generate_examples: int = _within(64, 0)  # examples for Rouge-L; 0 = off
     max_new_tokens: int = _within(32, 1)
@@ -118,7 +117,7 @@ class FerretConfig:
 class Config:
     """Everything one run needs to know."""
 
-    num_server_rounds: int = _within(8, 1)
+    num_server_rounds: int = _within(10, 1)
     method: str = _one_of("ferret", "fedavg")
     seed: int = _within(42, 0, 2**63 - 1)
     results_dir: str = "results"
@@ -133,7 +132,7 @@ class Config:
 def _leaves(cls: type, prefix: str = "") -> dict[str, tuple[type, Any, Mapping[str, Any]]]:
     """Key -> (type, default, metadata) of every leaf field below ``cls``."""
     hints = get_type_hints(cls)
-    found = {}
+    found: dict[str, tuple[type, Any, Mapping[str, Any]]] = {}
     for f in fields(cls):
         key = prefix + f.name.replace("_", "-")
         if is_dataclass(hints[f.name]):
@@ -196,15 +195,13 @@ def _unknown(key: str, leaves: Mapping[str, Any]) -> str:
     return f"unknown key '{key}'; {hint}"
 
 
-def _checked(key: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> Scalar:
+def _checked(key: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         raise ConfigError(f"'{key}' must be a {kind.__name__}, got {value!r}")
     if "choices" in metadata and value not in metadata["choices"]:
-        raise ConfigError(
-            f"'{key}' must be one of {', '.join(metadata['choices'])}, got {value!r}"
-        )
+        raise ConfigError(f"'{key}' must be one of {', '.join(metadata['choices'])}, got {value!r}")
     low, high = metadata.get("range", (None, None))
     if low is not None and not low <= value <= high:
         upper = "" if high == float("inf") else f" and at most {high}"
@@ -220,12 +217,12 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
             f"'ferret.blocks' must be at most 'ferret.coefficients' = "
             f"{values['ferret.coefficients']}, got {values['ferret.blocks']}"
         )
-    if not values["dataset.test-name"] and values["dataset.holdout"] == 0.0:
-        if values["evaluate.every"]:
-            wrong.append(
-                "'dataset.holdout' is 0 and 'dataset.test-name' is empty: nothing is left to "
-                "evaluate on; set one of them, or 'evaluate.every' = 0"
-            )
+    held_out = values["dataset.test-name"] or values["dataset.holdout"] > 0.0
+    if values["evaluate.every"] and not held_out:
+        wrong.append(
+            "'dataset.holdout' is 0 and 'dataset.test-name' is empty: nothing is left to "
+            "evaluate on; set one of them, or 'evaluate.every' = 0"
+        )
     return wrong
 
 
@@ -235,7 +232,5 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     for f in fields(cls):
         key = prefix + f.name.replace("_", "-")
         nested = is_dataclass(hints[f.name])
-        arguments[f.name] = (
-            _build(hints[f.name], values, key + ".") if nested else values[key]
-        )
+        arguments[f.name] = _build(hints[f.name], values, key + ".") if nested else values[key]
     return cls(**arguments)

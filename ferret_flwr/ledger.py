@@ -249,7 +249,7 @@ class Ledger:
                 raise LedgerError("its coefficients have been changed")
         except (SafetensorError, PlanError, LedgerError) as error:
             raise LedgerError(f"'{source}' is not a valid ledger: {error}") from error
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise LedgerError(f"'{source}' is not a valid ledger: {error!r}") from error
         return ledger
 

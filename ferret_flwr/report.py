@@ -30,8 +30,8 @@ def environment() -> dict[str, str]:
 
 def nbytes_text(nbytes: float) -> str:
     """Return a number of bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 999.5 or unit == "TB":
             break
         nbytes /= 1000
     return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
@@ -79,9 +79,8 @@ def write_config(folder: Path, config: Config) -> None:
     write_atomic(folder / "config.toml", ("\n".join(lines) + "\n").encode())
 
 
-
 def _toml(value: Scalar) -> str:
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)  # TOML knows no escaped surrogate pairs
 
 
 def write_results(folder: Path, config: Config, rows: Sequence[Row], fedavg_nbytes: int) -> None:

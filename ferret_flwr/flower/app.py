@@ -119,9 +119,7 @@ class Run:
     ) -> tuple[float, dict[str, Scalar]] | None:
         return self._evaluate(server_round, weights)
 
-    def _evaluate(
-        self, round: int, arrays: NDArrays
-    ) -> tuple[float, dict[str, Scalar]] | None:
+    def _evaluate(self, round: int, arrays: NDArrays) -> tuple[float, dict[str, Scalar]] | None:
         """Evaluate every few rounds and after the last, with ``arrays`` in the server's model."""
         assert self.worker is not None
         from ferret_flwr.training.tensors import load_masters

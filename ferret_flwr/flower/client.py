@@ -115,7 +115,7 @@ class FerretClient(NumPyClient):
         request = wire.decode(parameters, config)
         if request.plan is None:
             raise wire.ProtocolError("a request to train without a plan")
-        replica, ledger, cached = self._catch_up(request)
+        replica, _, cached = self._catch_up(request)
         plan = request.plan
         if self.per_client_bases:
             plan = plan.with_seed(derive_seed(plan.seed, self.partition_id))

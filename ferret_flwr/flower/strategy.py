@@ -38,6 +38,7 @@ Metrics = dict[str, Scalar]
 Evaluate = Callable[[Replica], tuple[float, Metrics] | None]
 FitResult = tuple[ClientProxy, FitRes]
 
+WAIT_SECONDS = 86_400  # for the first node, as Flower itself waits
 ASKED_FOR_HEADER = 5  # nodes whose base model decides, where the server has none
 
 
@@ -167,9 +168,7 @@ class Ferret(Strategy):
         self._save()
         return ndarrays_to_parameters([np.zeros(1, dtype=np.float32)]), metrics
 
-    def evaluate(
-        self, server_round: int, parameters: Parameters
-    ) -> tuple[float, Metrics] | None:
+    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, Metrics] | None:
         """Evaluate the server's replica, if there is one."""
         if self.replica is None or self.evaluate_replica is None:
             return None
@@ -247,7 +246,7 @@ class Ferret(Strategy):
                 self._refuse(
                     client,
                     reply.metrics,
-                    f"it trained from parameters {reply.metrics['fingerprint']}, expected "
+                    f"it trained from parameters {reply.metrics['fingerprint']!r}, expected "
                     f"{expected or 'a majority to agree'}: its replica is stale or has diverged",
                 )
         return accepted
@@ -274,7 +273,7 @@ class Ferret(Strategy):
 
 def _name(client: ClientProxy, metrics: Metrics) -> str:
     if "partition-id" in metrics:
-        return f"node {client.cid} (partition {metrics['partition-id']})"
+        return f"node {client.cid} (partition {metrics['partition-id']!r})"
     return f"node {client.cid}"
 
 
@@ -299,7 +298,7 @@ def _check_reply(reply: FitRes, plan: RoundPlan) -> None:
         if not isinstance(reply.metrics.get(key), kind):
             raise ValueError(f"its reply has no '{key}': it must use FerretClient")
     if reply.metrics["round"] != plan.round:
-        raise ValueError(f"it replied to round {reply.metrics['round']}, this is {plan.round}")
+        raise ValueError(f"it replied to round {reply.metrics['round']!r}, this is {plan.round}")
     if reply.num_examples < 1:
         raise ValueError(f"it reports {reply.num_examples} examples")
     arrays = parameters_to_ndarrays(reply.parameters)
@@ -310,7 +309,7 @@ def _check_reply(reply: FitRes, plan: RoundPlan) -> None:
 
 def _without_private(reply: FitRes) -> FitRes:
     """Return ``reply`` with numeric metrics only, which is what aggregation functions expect."""
-    numbers = {k: v for k, v in reply.metrics.items() if isinstance(v, int | float)}
+    numbers: Metrics = {k: v for k, v in reply.metrics.items() if isinstance(v, int | float)}
     return replace(reply, metrics=numbers)
 
 
@@ -322,7 +321,7 @@ def _ask_for_header(client_manager: ClientManager) -> Header:
     LedgerError
         If no node could say, naming what the nodes answered instead.
     """
-    client_manager.wait_for(1)
+    client_manager.wait_for(1, timeout=WAIT_SECONDS)
     count = min(ASKED_FOR_HEADER, client_manager.num_available())
     votes: Counter[Header] = Counter()
     errors = []
@@ -330,7 +329,7 @@ def _ask_for_header(client_manager: ClientManager) -> Header:
         answer = client.get_properties(GetPropertiesIns(config={}), timeout=None, group_id=0)
         properties = answer.properties
         if answer.status.code != Code.OK or "error" in properties or "layout" not in properties:
-            reason = properties.get("error", answer.status.message)
+            reason = str(properties.get("error", answer.status.message))
             errors.append(f"{_name(client, properties)}: {reason}")
             continue
         layout, base = str(properties["layout"]), str(properties["base"])

@@ -168,7 +168,5 @@ def message_nbytes(parameters: Parameters, scalars: Mapping[str, Scalar]) -> int
         str(i): Array(data=b"", dtype="", stype=parameters.tensor_type, shape=())
         for i in range(len(parameters.tensors))
     }
-    record = RecordDict(
-        {"parameters": ArrayRecord(frames), "scalars": ConfigRecord(dict(scalars))}
-    )
+    record = RecordDict({"parameters": ArrayRecord(frames), "scalars": ConfigRecord(dict(scalars))})
     return sum(len(t) for t in parameters.tensors) + recorddict_to_proto(record).ByteSize()

@@ -97,7 +97,7 @@ def _fill(weights: np.ndarray, total: int, most: int) -> np.ndarray:
 
 
 def _round_to_total(shares: np.ndarray, total: int, most: int) -> np.ndarray:
-    """Round ``shares`` to integers within [1, most] that sum to ``total``, largest remainders up."""
+    """Round ``shares`` to integers in [1, most] with sum ``total``, largest remainders up."""
     counts = np.floor(shares).astype(np.int64)
     while (missing := total - int(counts.sum())) != 0:
         room = (counts < most) if missing > 0 else (counts > 1)
@@ -117,9 +117,7 @@ def expected_squared_error(
     return float((energies * (blocks.lengths - 1) / bases_per_block).sum())
 
 
-def expected_fidelity(
-    energies: np.ndarray, blocks: Blocks, bases_per_block: np.ndarray
-) -> float:
+def expected_fidelity(energies: np.ndarray, blocks: Blocks, bases_per_block: np.ndarray) -> float:
     """Return cos(Δ̂, Δ) as ‖Δ‖ / √(‖Δ‖² + E‖Δ̂ − Δ‖²), about √(K/d) when all are uniform."""
     total = float(np.sum(energies))
     return float(

@@ -40,7 +40,7 @@ def unpack_counts(packed: np.ndarray) -> np.ndarray:
     last = np.flatnonzero(packed < 0x80)
     first = np.concatenate([[0], last[:-1] + 1])
     lengths = last - first + 1
-    if lengths.max() > 9:
+    if lengths.max() > 9 or (packed[last] == 0).any():
         raise PlanError("bases per block are not packed as expected")
     place = np.arange(packed.size) - np.repeat(first, lengths)
     digits = (packed.astype(np.int64) & 0x7F) << (BITS * place)

@@ -120,9 +120,7 @@ def subtract(
             array[...] = copy.reshape(array.shape)
 
 
-def reconstruct(
-    coefficients: np.ndarray, layout: Layout, plan: RoundPlan
-) -> Iterator[np.ndarray]:
+def reconstruct(coefficients: np.ndarray, layout: Layout, plan: RoundPlan) -> Iterator[np.ndarray]:
     """Yield the reconstruction Δ̂ tensor by tensor, flat, in float32 (paper, Eq. 7).
 
     See `subtract` for the arguments and the errors.

@@ -94,7 +94,7 @@ def _examples(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> datasets.Dataset:
     """Return at most ``max_examples`` of the examples in ``name``, in an order set by ``seed``."""
-    rows = read_source(name, revision, split, seed)
+    rows = read_source(name, config.subset, revision, split, seed)
     if not len(rows):
         raise DataError(f"'dataset.name' = {name!r} has no examples")
     column = config.partition_by if config.partitioner != "iid" else "category"

@@ -24,14 +24,14 @@ class Row:
     stem: str
 
 
-def read_source(name: str, revision: str, split: str, seed: int) -> Sequence[Row]:
+def read_source(name: str, subset: str, revision: str, split: str, seed: int) -> Sequence[Row]:
     """Return the rows of a built-in, a file, a folder of files, or a Hub id.
 
     Parameters
     ----------
     name
         `dataset.name` or `dataset.test-name`.
-    revision, split
+    subset, revision, split
         Used for a Hub id only.
     seed
         Used for a built-in only.
@@ -60,7 +60,7 @@ def read_source(name: str, revision: str, split: str, seed: int) -> Sequence[Row
         return _read_file(path)
     if path.exists() or path.is_absolute() or name.startswith((".", "~")):
         raise DataError(_not_found(name, "it is no such file or folder"))
-    return _HubRows(name, revision, split)
+    return _HubRows(name, subset, revision, split)
 
 
 def _read_file(path: Path) -> list[Row]:
@@ -105,9 +105,11 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
 class _HubRows(Sequence[Row]):
     """The rows of a split on the Hugging Face Hub, converted only when they are asked for."""
 
-    def __init__(self, name: str, revision: str, split: str) -> None:
+    def __init__(self, name: str, subset: str, revision: str, split: str) -> None:
         try:
-            self._rows = datasets.load_dataset(name, revision=revision or None, split=split)
+            self._rows = datasets.load_dataset(
+                name, subset or None, revision=revision or None, split=split
+            )
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise DataError(_not_found(name, f"split {split!r}: {reason[0]}")) from error

@@ -156,7 +156,7 @@ def _dot(x, v, count):  # type: ignore[no-untyped-def]
 
 
 @_jit_parallel
-def _project(before, after, dtype, start, length, block, counts, position, sums, bounds, code):  # type: ignore  # noqa: E501
+def _project(before, after, dtype, start, length, block, counts, position, sums, bounds, code):  # type: ignore
     family, key_0, key_1, scale = code
     for thread in numba.prange(len(bounds) - 1):
         words, flat = np.empty((4, TILE), np.uint32), np.empty(4 * TILE, np.uint32)
@@ -200,7 +200,7 @@ def _add_up(sums, position, block, counts, offsets, coefficients):  # type: igno
 
 
 @_jit_parallel
-def _subtract(address, start, length, block, counts, offsets, coefficients, bounds, code):  # type: ignore  # noqa: E501
+def _subtract(address, start, length, block, counts, offsets, coefficients, bounds, code):  # type: ignore
     family, key_0, key_1, scale = code
     for thread in numba.prange(len(bounds) - 1):
         words, flat = np.empty((4, TILE), np.uint32), np.empty(4 * TILE, np.uint32)

@@ -98,9 +98,7 @@ def reconstruct(coefficients: np.ndarray, plan: RoundPlan) -> np.ndarray:
         Δ̂: float32, ``(d,)``.
     """
     update = np.empty(plan.blocks.size, dtype=np.float32)
-    for block, (first, count) in enumerate(
-        zip(plan.offsets, plan.bases_per_block, strict=False)
-    ):
+    for block, (first, count) in enumerate(zip(plan.offsets, plan.bases_per_block, strict=False)):
         start = block * plan.blocks.block_size
         piece = update[start : start + plan.blocks.block_size]
         for basis in range(count):

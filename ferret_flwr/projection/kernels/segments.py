@@ -34,9 +34,7 @@ class Segments:
         """Cut at every tensor's offset, every block's start, and every ``largest`` elements."""
         size = int(offsets[-1])
         cuts = np.unique(
-            np.concatenate(
-                [offsets, np.arange(0, size, block_size), np.arange(0, size, largest)]
-            )
+            np.concatenate([offsets, np.arange(0, size, block_size), np.arange(0, size, largest)])
         )
         start, stop = cuts[:-1], cuts[1:]
         tensor = np.searchsorted(offsets, start, side="right") - 1
@@ -46,9 +44,7 @@ class Segments:
         """Return segments ``first..last-1``, all of one tensor, as those of tensor 0."""
         cut = slice(first, last)
         zero = np.zeros(last - first, dtype=np.int64)
-        return Segments(
-            self.start[cut], self.length[cut], zero, self.block[cut], self.within[cut]
-        )
+        return Segments(self.start[cut], self.length[cut], zero, self.block[cut], self.within[cut])
 
     def divide(self, cost: np.ndarray, parts: int) -> np.ndarray:
         """Return bounds of ``parts`` runs of segments of about equal ``cost``: ``(parts + 1,)``."""

@@ -1,0 +1,34 @@
+# Everything from a fresh checkout on a machine with Python 3.11. See README.md.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+# Flower must use this environment and a local SuperLink of this checkout.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+
+.PHONY: help demo test check clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## set up, then tune the built-in model on the built-in data
+	flwr run . --stream
+
+test: $(INSTALLED)  ## set up, then run the tests
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## set up, then format, lint and type checks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## remove the environment and the results
+	rm -rf $(VENV) results
