@@ -7,6 +7,7 @@ is written ``train.learning-rate``. `parse` is the only reader; nothing behind i
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
@@ -34,6 +35,7 @@ class ModelConfig:
     revision: str = ""  # commit or tag of a Hub id; "" = the default branch
     gguf_file: str = ""  # a GGUF file inside `name`, dequantised on load
     dtype: str = _one_of("float32", "bfloat16", "float16")
+    device: str = "auto"  # as torch names it; "auto" = the first GPU if there is one
     gradient_checkpointing: bool = False
     trust_remote_code: bool = False
 
@@ -202,6 +204,8 @@ def _checked(key: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> A
         raise ConfigError(f"'{key}' must be a {kind.__name__}, got {value!r}")
     if "choices" in metadata and value not in metadata["choices"]:
         raise ConfigError(f"'{key}' must be one of {', '.join(metadata['choices'])}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"'{key}' must be finite, got {value!r}")
     low, high = metadata.get("range", (None, None))
     if low is not None and not low <= value <= high:
         upper = "" if high == float("inf") else f" and at most {high}"

@@ -88,7 +88,9 @@ class Entry:
         if len(self.seeds) != len(self.coefficients) or not self.seeds:
             raise PlanError(f"{len(self.seeds)} seeds for {len(self.coefficients)} rows")
         for seed, row in zip(self.seeds, self.coefficients, strict=True):
-            self.plan.check_coefficients(row, owner=f"published coefficients of seed {seed}")
+            self.plan.with_seed(seed).check_coefficients(
+                row, owner=f"published coefficients of seed {seed}"
+            )
 
     @property
     def round(self) -> int:

@@ -153,7 +153,10 @@ class Run:
         """Leave the model and the plot."""
         if isinstance(self.strategy, Ferret) and not self.strategy.ledger:
             raise RuntimeError("no round was published: see the messages of the nodes above")
-        report.plot(self.rows, self.folder / "loss.png", self.config.method)
+        try:
+            report.plot(self.rows, self.folder / "loss.png", self.config.method)
+        except ImportError:
+            log.warning("no plot is drawn: matplotlib is not installed")
         if self.worker is not None:
             from ferret_flwr.training.models import save_model
 
@@ -216,13 +219,18 @@ def client(context: Context) -> Client:
     The node's own ``node-config`` says which partition it holds (``partition-id``,
     ``num-partitions``) and where its ledger cache lives (``cache-dir``).
     """
-    from ferret_flwr.flower.client import FedAvgClient, FerretClient
+    from ferret_flwr.flower.client import FailedClient, FedAvgClient, FerretClient
     from ferret_flwr.training.worker import Node
 
     show_progress()
     config = parse(context.run_config)
     partition_id = int(_from_node(context, "partition-id"))
-    node = Node.of(config, partition_id, int(_from_node(context, "num-partitions")))
+    try:
+        node = Node.of(config, partition_id, int(_from_node(context, "num-partitions")))
+    except Exception as error:
+        if config.method != "ferret":
+            raise
+        return FailedClient(error, partition_id).to_client()
 
     def train(round: int, _: dict[str, Scalar]) -> tuple[int, dict[str, Scalar]]:
         result = node.train(round)

@@ -151,6 +151,36 @@ class FerretClient(NumPyClient):
         return replica, ledger, cached
 
 
+class FailedClient(NumPyClient):
+    """Answers every message with the error that kept the node from loading its model or data.
+
+    Parameters
+    ----------
+    error
+        What went wrong.
+    partition_id
+        Names the node in the server's messages.
+    """
+
+    def __init__(self, error: Exception, partition_id: int) -> None:
+        """Log the error where it happened."""
+        log.error("partition %d: %s", partition_id, error)
+        text = f"{type(error).__name__}: {error}"
+        self.answer: Metrics = {"error": text, "partition-id": partition_id}
+
+    def get_properties(self, config: Metrics) -> Metrics:
+        """Answer with the error."""
+        return self.answer
+
+    def fit(self, parameters: NDArrays, config: Metrics) -> tuple[NDArrays, int, Metrics]:
+        """Answer with the error."""
+        return [], 0, self.answer
+
+    def evaluate(self, parameters: NDArrays, config: Metrics) -> tuple[float, int, Metrics]:
+        """Answer with the error."""
+        return 0.0, 0, self.answer
+
+
 class FedAvgClient(NumPyClient):
     """The same local training with full weights on the wire.
 

@@ -17,9 +17,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common import Parameters, Scalar, ndarrays_to_parameters
 from flwr.common.serde import recorddict_to_proto
 
-from ferret_flwr.ledger import Entry, Header, Ledger, LedgerError, unpack_plan
+from ferret_flwr.ledger import Entry, Header, Ledger, unpack_plan
 from ferret_flwr.projection.packing import pack_counts
-from ferret_flwr.projection.plan import PlanError, RoundPlan
+from ferret_flwr.projection.plan import RoundPlan
 
 KEY = "ferret"
 PROTOCOL = 1
@@ -139,10 +139,10 @@ def decode(arrays: Sequence[np.ndarray], config: Mapping[str, Any]) -> Request:
             values["fingerprint"],
             plan,
         )
-    except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+    except ProtocolError:
+        raise
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise ProtocolError(f"the request is not valid: {error!r}") from error
-    except (PlanError, LedgerError) as error:
-        raise ProtocolError(f"the request is not valid: {error}") from error
 
 
 def payload_nbytes(plan: RoundPlan, seeds: int = 1) -> int:

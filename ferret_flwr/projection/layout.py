@@ -62,7 +62,8 @@ class Layout:
         for name, shape, array in zip(self.names, self.shapes, arrays, strict=True):
             if array.size != math.prod(shape):
                 raise LayoutError(
-                    f"tensor '{name}' must have shape {shape}, got {tuple(array.shape)}"
+                    f"tensor '{name}' must have {math.prod(shape)} elements, as shape {shape}, "
+                    f"got shape {tuple(array.shape)}"
                 )
 
 

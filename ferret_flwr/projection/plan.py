@@ -45,6 +45,8 @@ class RoundPlan:
             raise PlanError(f"family must be one of {', '.join(FAMILIES)}, got '{self.family}'")
         if not 0 <= self.seed < 2**63:
             raise PlanError(f"seed must be in 0..2^63-1, got {self.seed}")
+        if not np.issubdtype(self.bases_per_block.dtype, np.integer):
+            raise PlanError(f"bases per block must be integers, got {self.bases_per_block.dtype}")
         counts = np.ascontiguousarray(self.bases_per_block, dtype=np.int64)
         if counts.shape != (self.blocks.count,) or counts.min() < 1:
             raise PlanError(

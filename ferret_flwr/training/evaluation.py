@@ -130,8 +130,10 @@ def _rouge(
     report: Callable[[int], None],
 ) -> float:
     from rouge_score.rouge_scorer import RougeScorer  # pulls in nltk
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    # naming the default tokenizer keeps absl from installing a handler on the root logger
+    scorer = RougeScorer(["rougeL"], tokenizer=DefaultTokenizer(use_stemmer=False))
     scores = [0.0] * len(examples)
     for positions in _batches(examples, config.batch_size, lambda t: len(t.prompt)):
         answers = generate(lm, [examples[i].prompt for i in positions], config.max_new_tokens)

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import datasets
+import torch
 
 from ferret_flwr.config import Config, DatasetConfig, ModelConfig
 from ferret_flwr.projection.layout import Layout
 from ferret_flwr.replica import Replica
 from ferret_flwr.training.data import Split, load_examples
+from ferret_flwr.training.errors import ModelError
 from ferret_flwr.training.evaluation import evaluate
 from ferret_flwr.training.local import LocalResult, train_locally
 from ferret_flwr.training.models import LanguageModel, load_model, trainable_parameters
@@ -38,6 +40,7 @@ class Worker:
         """Load the base model."""
         self.config = config
         self.lm: LanguageModel = load_model(config)
+        _place(self.lm.model, config.device)
         self.parameters = trainable_parameters(self.lm.model)
         self.layout = Layout.of(self.parameters)
         self._replica: Replica | None = None
@@ -50,6 +53,17 @@ class Worker:
             base = trainable_parameters(load_model(self.config).model)
             self._replica = Replica(self.layout, masters_of(base))
         return self._replica
+
+
+def _place(model: torch.nn.Module, device: str) -> None:
+    """Move ``model`` to ``device``, or raise `ModelError` naming the key."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"'model.device' = {device!r} cannot be used: {reason}") from error
 
 
 @lru_cache(maxsize=1)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Context, RecordDict
+from flwr.client import Client
 from flwr.common import (
     FitIns,
     FitRes,
@@ -13,9 +15,10 @@ from flwr.common import (
     parameters_to_ndarrays,
 )
 
+from ferret_flwr.flower.app import client
 from ferret_flwr.flower.strategy import Ferret
-from ferret_flwr.ledger import Ledger
-from tests.flower.conftest import Federation, InProcess
+from ferret_flwr.ledger import Ledger, LedgerError
+from tests.flower.conftest import SETTINGS, Federation, InProcess
 from tests.flower.test_rounds_match import fresh_replica, plain_loop
 
 
@@ -239,3 +242,46 @@ def test_full_disk_keeps_the_previous_ledger(
     assert not list(tmp_path.glob(".*"))
     federation.run(strategy, 1)  # the node caches could not be written either: all is sent again
     assert len(Ledger.load(path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"dataset.name": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"train.optimizer": "Sdg"}, "'train.optimizer'"),
+        ({"model.name": "builtin:huge"}, "builtin:tiny"),
+        ({"model.device": "abacus"}, "'model.device'"),
+    ],
+)
+def test_node_that_cannot_start_is_named(
+    setting: dict[str, str], reason: str, federation: Federation
+) -> None:
+    def broken(node: int) -> Client:
+        context = Context(
+            run_id=1,
+            node_id=node,
+            node_config={"partition-id": 1, "num-partitions": 2},
+            state=RecordDict(),
+            run_config=SETTINGS | setting,
+        )
+        return client(context)
+
+    federation.proxies[1].make_client = broken
+    strategy = federation.ferret(_solo(), replica=fresh_replica(federation.config))
+    federation.run(strategy, 1)
+    assert reason in strategy.refused["node 1 (partition 1)"]
+    assert strategy.ledger.head == without_node_1(federation, 1)
+
+
+def test_run_stops_before_round_1_if_no_node_can_start(federation: Federation) -> None:
+    for node, proxy in enumerate(federation.proxies):
+        context = Context(
+            run_id=1,
+            node_id=node,
+            node_config={"partition-id": node, "num-partitions": 2},
+            state=RecordDict(),
+            run_config=SETTINGS | {"train.optimizer": "Sdg"},
+        )
+        proxy.make_client = lambda _, context=context: client(context)
+    with pytest.raises(LedgerError, match=r"no node could load(.|\n)*'train.optimizer'"):
+        federation.run(federation.ferret(), 1)

@@ -1,0 +1,43 @@
+"""Compare finished runs: one picture, one table, and what each gained beside the first.
+
+``python -m benchmarks.curves FedAvg=results/A Ferret=results/B --output curves.png``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ferret_flwr.report import nbytes_text, plot_runs
+
+
+def main() -> None:
+    """Read each run's ``results.json``, draw, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER", help="the first is the yardstick")
+    parser.add_argument("--output", type=Path, required=True, help="a PNG or SVG file")
+    options = parser.parse_args()
+    runs = {}
+    for run in options.runs:
+        name, _, folder = run.partition("=")
+        runs[name] = json.loads((Path(folder) / "results.json").read_text())["rounds"]
+    plot_runs(runs, options.output)
+
+    rounds = [row["round"] for row in next(iter(runs.values()))]
+    print("| held-out loss, round |", " | ".join(map(str, rounds)), "| a node, each way | gain |")
+    print("|---" * (len(rounds) + 3) + "|")
+    gains = {name: rows[0]["eval/loss"] - rows[-1]["eval/loss"] for name, rows in runs.items()}
+    for name, rows in runs.items():
+        losses = " | ".join(f"{row['eval/loss']:.3f}" for row in rows)
+        up, down = (
+            max(row.get(f"comm/{way}_bytes_per_node", 0) for row in rows)
+            for way in ("uplink", "downlink")
+        )
+        share = gains[name] / next(iter(gains.values()))
+        traffic = f"{nbytes_text(up)}, {nbytes_text(down)}"
+        print(f"| {name} | {losses} | {traffic} | {share:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
