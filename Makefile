@@ -20,7 +20,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)  ## set up, then tune the built-in model on the built-in data
+	@mkdir -p results && touch results/.started
 	flwr run . --stream
+	@find results -path '*/final/config.json' -newer results/.started | grep -q . \
+		|| { echo "the run has failed, see above" >&2; exit 1; }
 
 test: $(INSTALLED)  ## set up, then run the tests
 	$(BIN)/python -m pytest

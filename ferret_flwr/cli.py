@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +22,6 @@ from ferret_flwr.projection.plan import PlanError, RoundPlan
 from ferret_flwr.replica import Replica, ReplicaError
 from ferret_flwr.report import environment, nbytes_text
 from ferret_flwr.rounds import block_energies
-
-PROBE_TEXT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\nA farmer has 12 hens and each lays 5 eggs a week. How many "
-    "eggs are there after 3 weeks?\n\n### Response:\n12 hens lay 12 * 5 = 60 eggs a week, so there "
-    "are 60 * 3 = 180 eggs after 3 weeks."
-)
-SAMPLE_ELEMENTS = 2**24  # for timing the kernels
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -153,6 +145,7 @@ def _kernel_error() -> str:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from ferret_flwr.training.forecast import gradient_energies, kernel_seconds
     from ferret_flwr.training.models import load_model, trainable_parameters
 
     config = FerretConfig(
@@ -167,17 +160,17 @@ def _plan(options: argparse.Namespace) -> None:
     layout = Layout.of(parameters)
     blocks = Blocks.of(layout.size, config.blocks or max(1, config.coefficients // 2))
     if options.ledger is not None:
-        energies = block_energies(Ledger.load(options.ledger), blocks, config)
+        energies = block_energies(_ledger_for(options, layout, blocks), blocks, config)
         source = f"the ledger '{options.ledger}'"
     else:
-        energies = _gradient_energies(lm, layout, blocks)
+        energies = gradient_energies(lm, layout, blocks)
         source = "one gradient of this model"
     cap = config.max_per_block if config.allocation == "energy" else None
     counts = allocate(config.allocation, energies, blocks, config.coefficients, cap)
     first = allocate("uniform", energies, blocks, config.coefficients)
     up = 4 * config.coefficients
     down = up + 2 * packed_nbytes(counts)
-    per_pass, per_basis = _kernel_seconds(config.family)
+    per_pass, per_basis = kernel_seconds(config.family)
     work = float((blocks.lengths * counts).sum())
     seconds = layout.size * per_pass + work * per_basis
     model_bytes = sum(p.numel() * p.element_size() for p in parameters.values())
@@ -204,49 +197,19 @@ def _plan(options: argparse.Namespace) -> None:
         print(f"{name:<16} {text}")
 
 
-def _gradient_energies(lm: object, layout: Layout, blocks: Blocks) -> np.ndarray:
-    """Return ‖g_l‖² of each block for the gradient of one text: float64, ``(L,)``."""
-    from ferret_flwr.training.models import trainable_parameters
-
-    tokens = lm.tokenizer(PROBE_TEXT, return_tensors="pt").input_ids  # type: ignore[attr-defined]
-    model = lm.model  # type: ignore[attr-defined]
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    energies = np.zeros(blocks.count)
-    for offset, parameter in zip(
-        layout.offsets, trainable_parameters(model).values(), strict=False
-    ):
-        if parameter.grad is None:
-            continue
-        squares = parameter.grad.float().flatten().numpy().astype(np.float64) ** 2
-        cuts = np.arange(
-            -(-int(offset) // blocks.block_size) * blocks.block_size - int(offset),
-            squares.size,
-            blocks.block_size,
+def _ledger_for(options: argparse.Namespace, layout: Layout, blocks: Blocks) -> Ledger:
+    """Load ``--ledger``, which must tell something about these blocks of this model."""
+    ledger = Ledger.load(options.ledger)
+    this = replace(ledger.header, layout=layout.fingerprint, size=layout.size)
+    ledger.header.check(this, f"'{options.model}'")
+    known = {entry.plan.blocks for entry in ledger.entries}
+    if blocks not in known:
+        counts = ", ".join(str(other.count) for other in known) or "no rounds"
+        raise LedgerError(
+            f"'{options.ledger}' says nothing about {blocks.count} blocks, it has {counts}; "
+            "see --blocks"
         )
-        starts = np.unique(np.concatenate([[0], cuts]))
-        np.add.at(
-            energies,
-            (int(offset) + starts) // blocks.block_size,
-            np.add.reduceat(squares, starts),
-        )
-    model.zero_grad(set_to_none=True)
-    return energies
-
-
-def _kernel_seconds(family: str) -> tuple[float, float]:
-    """Measure a projection here: seconds per element, and per element and basis."""
-    layout = Layout(("sample",), ((SAMPLE_ELEMENTS,),))
-    delta = [np.ones(SAMPLE_ELEMENTS, dtype=np.float32)]
-    blocks = Blocks.of(SAMPLE_ELEMENTS, 512)
-    taken = []
-    for bases in (1, 3):
-        plan = RoundPlan(1, 1, family, blocks, np.full(blocks.count, bases))
-        projection.project(delta, layout, plan)
-        start = time.perf_counter()
-        projection.project(delta, layout, plan)
-        taken.append((time.perf_counter() - start) / SAMPLE_ELEMENTS)
-    per_basis = max((taken[1] - taken[0]) / 2, 0.0)
-    return max(taken[0] - per_basis, 0.0), per_basis
+    return ledger
 
 
 def _ledger_show(options: argparse.Namespace) -> None:

@@ -204,7 +204,7 @@ def _checked(key: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> A
         raise ConfigError(f"'{key}' must be a {kind.__name__}, got {value!r}")
     if "choices" in metadata and value not in metadata["choices"]:
         raise ConfigError(f"'{key}' must be one of {', '.join(metadata['choices'])}, got {value!r}")
-    if kind is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"'{key}' must be finite, got {value!r}")
     low, high = metadata.get("range", (None, None))
     if low is not None and not low <= value <= high:

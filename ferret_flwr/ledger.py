@@ -51,10 +51,14 @@ class Header:
 
     def check(self, other: Header, owner: str) -> None:
         """Raise `LedgerError` saying how ``other``, the header of ``owner``, differs."""
-        for name, what in (("size", "parameters"), ("layout", "layout"), ("base", "base model")):
+        for name, what in (
+            ("size", "number of parameters"),
+            ("layout", "layout"),
+            ("base", "base model"),
+        ):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
-                raise LedgerError(f"{owner} has another {what}: {theirs}, the ledger's is {mine}")
+                raise LedgerError(f"{owner} has another {what}: {theirs}, the ledger has {mine}")
 
 
 @dataclass(frozen=True, eq=False)

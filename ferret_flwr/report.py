@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,13 +84,18 @@ def _toml(value: Scalar) -> str:
     return json.dumps(value, ensure_ascii=False)  # TOML knows no escaped surrogate pairs
 
 
+def _json(value: Any) -> Any:
+    """Return what strict JSON can say of ``value``: a diverged loss is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_results(folder: Path, config: Config, rows: Sequence[Row], fedavg_nbytes: int) -> None:
     """Write ``results.json``: configuration, versions, and one object a round."""
     content = {
         "config": flatten(config),
         "environment": environment(),
         "fedavg_bytes": fedavg_nbytes,
-        "rounds": list(rows),
+        "rounds": [{key: _json(value) for key, value in row.items()} for row in rows],
     }
     write_atomic(folder / "results.json", (json.dumps(content, indent=2) + "\n").encode())
 
@@ -114,18 +120,21 @@ def plot_runs(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    labels = {"eval/loss": "held-out loss", "train/loss": "training loss"}
+    drawn = set()
     figure, (by_round, by_bytes) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
     for name, rows in runs.items():
         measured = [row for row in rows if "eval/loss" in row]
         key, shown = ("eval/loss", measured) if measured else ("train/loss", rows)
         shown = [row for row in shown if key in row]
+        drawn.add(labels[key])
         rounds = [row["round"] for row in shown]
         losses = [row[key] for row in shown]
         by_round.plot(rounds, losses, marker="o", label=name)
         spent = [(b, loss) for b, loss in zip(_spent(rows, rounds), losses, strict=True) if b]
         if spent:
             by_bytes.plot(*zip(*spent, strict=True), marker="o", label=name)
-    by_round.set(xlabel="round", ylabel="held-out loss")
+    by_round.set(xlabel="round", ylabel=" or ".join(sorted(drawn)))
     by_bytes.set(xlabel="bytes sent and received by all nodes", xscale="log")
     by_round.legend()
     for axis in (by_round, by_bytes):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,15 @@ SHAPES = {"embed": (20, 15), "norm": (15,), "head": (15, 31)}
 LAYOUT = Layout.of({name: np.empty(shape) for name, shape in SHAPES.items()})
 ROUNDS = 5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Waking another thread costs more than these small arrays do."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    yield
+    numba.set_num_threads(before)
 
 
 def base(dtype=torch.float32):

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numba
 import numpy as np
 import pytest
 
@@ -26,6 +27,15 @@ DELTA = (
     * np.repeat(SCALES, 128)[:SIZE]
 )
 ENERGIES = np.add.reduceat(DELTA.astype(np.float64) ** 2, np.arange(0, SIZE, 128))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Waking another thread costs more than these small arrays do."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    yield
+    numba.set_num_threads(before)
 
 
 def make_plan(counts=(2, 1, 3, 2), round=1, seed=0, family="rademacher", blocks=BLOCKS):
@@ -106,7 +116,8 @@ def test_the_cap_is_for_energy_only():
 
 
 def test_seeds_differ_between_rounds_and_runs():
-    plans = [next_plan(a_run(CONFIG, 5, n), CONFIG, seed) for n in range(4) for seed in range(20)]
+    ledger = a_run(CONFIG, 5, rounds=3)
+    plans = [next_plan(ledger.until(n), CONFIG, seed) for n in range(4) for seed in range(20)]
     assert len({plan.seed for plan in plans}) == len(plans)
     assert all(0 <= plan.seed < 2**63 for plan in plans)
 
@@ -244,14 +255,13 @@ def test_publish_keeps_the_clients_apart():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_published_round_is_the_update_on_average(family):
-    draws = 3000
-    plan = make_plan((2, 1, 3, 2), family=family)
+    draws = 2000
+    plan = make_plan((2, 6, 3, 2), family=family)
 
-    def mean(factor=1.0, other_seed=0):
+    def mean_update(other_seed=0):
         total = np.zeros(SIZE)
         for seed in range(draws):
-            entry = published(plan.with_seed(seed), rate=1.0)
-            row = np.float32(factor) * entry.coefficients[0]
+            (row,) = published(plan.with_seed(seed), rate=1.0).coefficients
             bases = plan.with_seed(seed + other_seed)
             total += next(projection.reconstruct(row, LAYOUT, bases))
         return total / draws
@@ -266,10 +276,11 @@ def test_a_published_round_is_the_update_on_average(family):
         error = float(mean @ DELTA) / ENERGIES.sum() - 1
         return abs(error) <= 5 * along and ((mean - DELTA) ** 2).sum() <= trace + 5 * spread
 
-    assert unbiased(mean())
-    assert not unbiased(mean(0.9))
-    assert not unbiased(mean(3))
-    assert not unbiased(mean(other_seed=1))
+    mean = mean_update()
+    assert unbiased(mean)
+    assert not unbiased(0.9 * mean)
+    assert not unbiased(3 * mean)
+    assert not unbiased(mean_update(other_seed=1))
 
 
 @pytest.mark.filterwarnings("error")

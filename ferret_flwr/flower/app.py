@@ -123,13 +123,14 @@ class Run:
         """Evaluate every few rounds and after the last, with ``arrays`` in the server's model."""
         assert self.worker is not None
         from ferret_flwr.training.tensors import load_masters
-        from ferret_flwr.training.worker import held_out, score
+        from ferret_flwr.training.worker import score
 
         load_masters(self.worker.parameters, arrays)
         last = round == self.config.num_server_rounds
         if round % self.config.evaluate.every and not last:
             return None
-        metrics = score(self.worker.lm, held_out(self.config), self.config)
+        held_out = self.worker.split(self.config.dataset, self.config.seed).test
+        metrics = score(self.worker.lm, held_out, self.config)
         loss = metrics.pop("loss")
         return loss, {f"eval/{name}": value for name, value in metrics.items()}
 
@@ -174,11 +175,12 @@ class Run:
 def _worker(config: Config) -> Worker:
     """Load the server's model and check everything that would otherwise fail in a round."""
     from ferret_flwr.training.optimizers import check_optimizer
-    from ferret_flwr.training.worker import held_out, worker
+    from ferret_flwr.training.worker import Worker
 
     check_optimizer(config.train)
-    held_out(config)
-    return worker(config.model)
+    worker = Worker(config.model, follows=False)
+    worker.split(config.dataset, config.seed)
+    return worker
 
 
 def _sampling(config: Config) -> dict[str, Any]:

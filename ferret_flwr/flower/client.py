@@ -17,7 +17,7 @@ from ferret_flwr.flower.cache import LedgerCache
 from ferret_flwr.ledger import Ledger
 from ferret_flwr.methods import fedavg, ferret
 from ferret_flwr.projection.kernels.philox import derive_seed
-from ferret_flwr.replica import Replica
+from ferret_flwr.replica import Replica, ReplicaError
 from ferret_flwr.training.tensors import load_masters, masters_of
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,12 @@ class FerretClient(NumPyClient):
         ledger, cached = self.cache.complete(request)
         replica = self.replica(len(ledger))
         request.header.check(replica.header, "this node")
-        replica.follow(ledger)
+        try:
+            replica.follow(ledger)
+        except ReplicaError as error:
+            log.warning("%s; the replica is built again from the base model", error)
+            replica = self.replica(0)
+            replica.follow(ledger)
         return replica, ledger, cached
 
 

@@ -77,6 +77,14 @@ class Blocks:
     size: int  # d
     block_size: int  # b
 
+    def __post_init__(self) -> None:
+        """Check what the kernels rely on."""
+        if self.size < 1 or self.block_size < 1 or self.block_size % GROUP:
+            raise LayoutError(
+                f"a block must be a multiple of {GROUP} elements, got {self.block_size} of "
+                f"{self.size}"
+            )
+
     @classmethod
     def of(cls, size: int, count: int) -> Blocks:
         """Cut ``size`` elements into at most ``count`` blocks, fewer where d is small."""

@@ -34,25 +34,35 @@ class Worker:
     ----------
     config
         Which model.
+    follows
+        Keep a copy of the base parameters, for a replica beside the model that is trained.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, follows: bool = True) -> None:
         """Load the base model."""
         self.config = config
         self.lm: LanguageModel = load_model(config)
         _place(self.lm.model, config.device)
         self.parameters = trainable_parameters(self.lm.model)
         self.layout = Layout.of(self.parameters)
-        self._replica: Replica | None = None
+        self._replica = Replica(self.layout, masters_of(self.parameters)) if follows else None
+        self._splits: dict[tuple[DatasetConfig, int], Split] = {}
 
     def replica(self, round: int) -> Replica:
         """Return the process's replica, started again from the base if it is beyond ``round``."""
         if self._replica is None:
-            self._replica = Replica(self.layout, masters_of(self.parameters))
-        elif self._replica.round > round:
+            raise RuntimeError("this worker keeps no base parameters: follows=False")
+        if self._replica.round > round:
             base = trainable_parameters(load_model(self.config).model)
             self._replica = Replica(self.layout, masters_of(base))
         return self._replica
+
+    def split(self, dataset: DatasetConfig, seed: int) -> Split:
+        """Return the examples to train on and the held-out ones, read once."""
+        key = dataset, seed
+        if key not in self._splits:
+            self._splits[key] = load_examples(dataset, seed=seed, tokenizer=self.lm.tokenizer)
+        return self._splits[key]
 
 
 def _place(model: torch.nn.Module, device: str) -> None:
@@ -67,19 +77,9 @@ def _place(model: torch.nn.Module, device: str) -> None:
 
 
 @lru_cache(maxsize=1)
-def worker(config: ModelConfig) -> Worker:
-    """Return this process's worker for ``config``."""
-    return Worker(config)
-
-
-@lru_cache(maxsize=2)
-def _split(dataset: DatasetConfig, seed: int, model: ModelConfig) -> Split:
-    return load_examples(dataset, seed=seed, tokenizer=worker(model).lm.tokenizer)
-
-
-def held_out(config: Config) -> datasets.Dataset:
-    """Return the held-out examples of a run."""
-    return _split(config.dataset, config.seed, config.model).test
+def worker(config: ModelConfig, *, follows: bool) -> Worker:
+    """Return the worker that all nodes of this process share."""
+    return Worker(config, follows=follows)
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,15 @@ class Node:
             Naming what is wrong.
         """
         check_optimizer(config.train)
-        split = _split(config.dataset, config.seed, config.model)
+        shared = worker(config.model, follows=config.method == "ferret")
         examples = partition(
-            split.train,
+            shared.split(config.dataset, config.seed).train,
             config.dataset,
             partition_id=partition_id,
             num_partitions=num_partitions,
             seed=config.seed,
         )
-        return cls(worker(config.model), examples, config, partition_id)
+        return cls(shared, examples, config, partition_id)
 
     def train(self, round: int) -> LocalResult:
         """Train the worker's model in place for one round, showing how far it is."""

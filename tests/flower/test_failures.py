@@ -205,6 +205,19 @@ def test_node_that_joins_late_gets_the_whole_ledger(federation: Federation) -> N
     assert (len(parameters_to_ndarrays(late.requests[0].parameters)) - 1) // 2 == 2
 
 
+def test_diverged_replica_is_built_again(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    strategy = federation.ferret(replica=fresh_replica(federation.config))
+    federation.run(strategy, 1)
+    federation.nodes[0].worker.replica(1).arrays[0].flat[11] += 1e-6
+    with caplog.at_level(logging.WARNING):
+        federation.run(strategy, 2)
+    assert "built again from the base model" in caplog.text
+    assert not strategy.refused
+    assert strategy.ledger.head == plain_loop(federation.config, 3).head
+
+
 def test_node_with_another_base_model_is_refused(federation: Federation) -> None:
     other = fresh_replica(federation.config)
     other.arrays[0].flat[3] += 1

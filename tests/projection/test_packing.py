@@ -33,10 +33,12 @@ def test_a_small_count_costs_a_byte():
         np.array([], dtype=np.uint8),
         np.array([1, 0x81], dtype=np.uint8),
         np.array([0x80] * 9 + [1], dtype=np.uint8),
+        np.array([0x81, 0x00, 1], dtype=np.uint8),
+        np.array([1, 0, 1], dtype=np.uint8),
         np.array([1, 2], dtype=np.int64),
         np.ones((2, 2), dtype=np.uint8),
     ],
-    ids=["empty", "cut off", "ten bytes", "dtype", "shape"],
+    ids=["empty", "cut off", "ten bytes", "too long", "zero", "dtype", "shape"],
 )
 def test_bytes_that_no_packing_makes(packed):
     with pytest.raises(PlanError, match="not packed as expected"):
