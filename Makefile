@@ -5,11 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-# Flower must use this environment and a local SuperLink of this checkout.
+# Flower must use this environment, and a local SuperLink of this checkout: another project's would
+# run that project's code.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+export FLWR_HOME := $(CURDIR)/.flwr
+export FLWR_LOCAL_SUPERLINK_HTTP_API_PORT := 39271
 
-.PHONY: help demo test check clean
+.PHONY: help demo test check stop clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,5 +36,8 @@ check: $(INSTALLED)  ## set up, then format, lint and type checks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-clean:  ## remove the environment and the results
-	rm -rf $(VENV) results
+stop:  ## end the SuperLink that `demo` leaves running
+	-pkill -f 'flower-superlink.*$(FLWR_LOCAL_SUPERLINK_HTTP_API_PORT)'
+
+clean: stop  ## remove the environment, the SuperLink's files and the results
+	rm -rf $(VENV) .flwr results

@@ -23,6 +23,8 @@ def main() -> None:
         name, _, folder = run.partition("=")
         runs[name] = json.loads((Path(folder) / "results.json").read_text())["rounds"]
     plot_runs(runs, options.output)
+    for name, rows in runs.items():
+        runs[name] = [row for row in rows if row.get("eval/loss") is not None]
 
     rounds = [row["round"] for row in next(iter(runs.values()))]
     print("| held-out loss, round |", " | ".join(map(str, rounds)), "| a node, each way | gain |")

@@ -29,6 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
+    except ModuleNotFoundError as error:
+        print(
+            f"ferret-flwr: error: {error.name} is not installed: pip install 'ferret-flwr[train]'",
+            file=sys.stderr,
+        )
+        return 1
     except tuple(_expected_errors()) as error:
         print(f"ferret-flwr: error: {error}", file=sys.stderr)
         return 1
@@ -93,16 +99,17 @@ def _add_model_options(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(
         "--dtype",
         choices=ModelConfig.__dataclass_fields__["dtype"].metadata["choices"],
-        default=default.dtype,
+        default="",
+        help="default: the ledger's, or float32",
     )
     parser.add_argument("--trust-remote-code", action="store_true")
 
 
-def _model_config(options: argparse.Namespace) -> ModelConfig:
+def _model_config(options: argparse.Namespace, dtype: str = "float32") -> ModelConfig:
     return ModelConfig(
         name=options.model,
         revision=options.revision,
-        dtype=options.dtype,
+        dtype=options.dtype or dtype,
         gguf_file=options.gguf_file,
         trust_remote_code=options.trust_remote_code,
     )
@@ -236,7 +243,7 @@ def _replay(options: argparse.Namespace) -> tuple[object, Replica]:
     from ferret_flwr.training.tensors import masters_of
 
     ledger = Ledger.load(options.file)
-    lm = load_model(_model_config(options))
+    lm = load_model(_model_config(options, ledger.header.dtype))
     parameters = trainable_parameters(lm.model)
     replica = Replica(Layout.of(parameters), masters_of(parameters))
     ledger.header.check(replica.header, f"'{options.model}'")

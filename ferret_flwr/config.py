@@ -94,6 +94,7 @@ class StrategyConfig:
     fraction_evaluate: float = _within(0.0, 0.0, 1.0)
     min_train_nodes: int = _within(1, 1)
     min_available_nodes: int = _within(2, 1)
+    round_timeout: float = _within(0.0, 0.0)  # seconds until a round goes on without a node; 0 = no
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class FerretConfig:
     energy_decay: float = _within(0.5, 0.0, 1.0)  # weight of the past in the moving average
     energy_floor: float = _within(1e-3, 0.0, 1.0)  # share of the mean energy
     server_rate: float = _within(1.0, 0.0)  # 1.0 = apply the average update
-    warmup_rate: float = _within(0.1, 0.0)  # factor on the server rate in round 1
+    warmup_rate: float = _within(0.1, 0.0)  # factor on the rate before energies are known
     rate_schedule: str = _one_of("constant", "linear", "cosine")
     resume: str = ""  # a ledger file to continue from
     cache_dir: str = ""  # where a node keeps its ledger cache; "" = the user's cache folder
@@ -201,7 +202,7 @@ def _checked(key: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> A
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise ConfigError(f"'{key}' must be a {kind.__name__}, got {value!r}")
+        raise ConfigError(f"'{key}' must be of type {kind.__name__}, got {value!r}")
     if "choices" in metadata and value not in metadata["choices"]:
         raise ConfigError(f"'{key}' must be one of {', '.join(metadata['choices'])}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -220,6 +221,16 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         wrong.append(
             f"'ferret.blocks' must be at most 'ferret.coefficients' = "
             f"{values['ferret.coefficients']}, got {values['ferret.blocks']}"
+        )
+    if values["strategy.min-train-nodes"] > values["strategy.min-available-nodes"]:
+        wrong.append(
+            f"'strategy.min-train-nodes' must be at most 'strategy.min-available-nodes' = "
+            f"{values['strategy.min-available-nodes']}, got {values['strategy.min-train-nodes']}"
+        )
+    if values["strategy.fraction-evaluate"] and not values["dataset.holdout"]:
+        wrong.append(
+            "'strategy.fraction-evaluate' needs 'dataset.holdout' above 0: the share of its own "
+            "examples that a node evaluates on"
         )
     held_out = values["dataset.test-name"] or values["dataset.holdout"] > 0.0
     if values["evaluate.every"] and not held_out:

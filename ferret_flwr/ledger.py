@@ -43,11 +43,14 @@ class Header:
         d, the number of trainable parameters.
     base
         Fingerprint of the float32 base parameters m_0.
+    dtype
+        What the tuned model's parameters are rounded to; nodes may train in another.
     """
 
     layout: str
     size: int
     base: str
+    dtype: str = "float32"
 
     def check(self, other: Header, owner: str) -> None:
         """Raise `LedgerError` saying how ``other``, the header of ``owner``, differs."""

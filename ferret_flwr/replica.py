@@ -24,15 +24,19 @@ class Replica:
         The names and shapes of the tensors.
     arrays
         m_0 in layout order: float32, owned and changed in place by the replica.
+    dtype
+        Of the model w_0 behind it.
     """
 
-    def __init__(self, layout: Layout, arrays: Sequence[np.ndarray]) -> None:
+    def __init__(
+        self, layout: Layout, arrays: Sequence[np.ndarray], dtype: str = "float32"
+    ) -> None:
         """Take the arrays over and fingerprint them."""
         self.layout = layout
         self.arrays = list(arrays)
         self.round = 0
         self._fingerprint: str | None = None
-        self.header = Header(layout.fingerprint, layout.size, self.fingerprint)
+        self.header = Header(layout.fingerprint, layout.size, self.fingerprint, dtype)
 
     @property
     def fingerprint(self) -> str:
@@ -50,17 +54,22 @@ class Replica:
             If the ledger belongs to another model or ends before the replica's round; nothing
             has changed then.
         ReplicaError
-            If the parameters at the end are not those that the ledger's fingerprint names.
+            If the parameters before or at the end are not those that the ledger names.
         """
         ledger.header.check(self.header, "this model")
         if len(ledger) < self.round:
             raise LedgerError(f"the replica is at round {self.round}, the ledger at {len(ledger)}")
+        self._check(ledger)
         for entry in ledger.entries[self.round :]:
             self._apply(entry)
-        if ledger.fingerprint and ledger.fingerprint != self.fingerprint:
+        self._check(ledger)
+
+    def _check(self, ledger: Ledger) -> None:
+        expected = ledger.until(self.round).fingerprint
+        if expected and expected != self.fingerprint:
             raise ReplicaError(
                 f"the parameters after round {self.round} have fingerprint {self.fingerprint}, "
-                f"the ledger names {ledger.fingerprint}"
+                f"the ledger names {expected}"
             )
 
     def _apply(self, entry: Entry) -> None:

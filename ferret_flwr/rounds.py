@@ -78,21 +78,23 @@ def _entry_energies(entry: Entry) -> np.ndarray:
     return squares / (plan.bases_per_block * plan.second_moment)
 
 
-def server_rate(config: FerretConfig, round: int, num_rounds: int) -> float:
-    """Return the server learning rate of ``round``, where 1 applies the average update.
+def server_rate(config: FerretConfig, plan: RoundPlan, ledger: Ledger, num_rounds: int) -> float:
+    """Return the server learning rate of a round, where 1 applies the average update.
 
     Parameters
     ----------
     config
-        The rate, the factor on it in the first round, and the schedule.
-    round
-        1 for the first.
+        The rate, the factor on it while the blocks' energies are unknown, and the schedule.
+    plan
+        The coming round.
+    ledger
+        The rounds before it.
     num_rounds
         Length of the run, which the decaying schedules need.
     """
-    if round == 1:
+    if not any(entry.plan.blocks == plan.blocks for entry in ledger.entries):
         return config.server_rate * config.warmup_rate
-    done = min(1.0, (round - 1) / max(1, num_rounds))
+    done = min(1.0, (plan.round - 1) / max(1, num_rounds))
     factor = {
         "constant": 1.0,
         "linear": 1.0 - done,

@@ -55,13 +55,13 @@ def trained():
     """Return a ledger of real rounds, and the parameters that it leads to."""
     worker = Worker(CONFIG.model)
     examples = Node.of(CONFIG, 0, 2).examples
-    node = Node(worker, examples, CONFIG, 0)
+    node = Node(worker, examples, examples, CONFIG, 0)
     replica = worker.replica(0)
     ledger = Ledger(replica.header)
     for round in range(1, ROUNDS + 1):
         plan = next_plan(ledger, CONFIG.ferret, CONFIG.seed)
         update, _ = local_round(replica, worker.parameters, plan, lambda: node.train(round))  # noqa: B023
-        rate = server_rate(CONFIG.ferret, round, ROUNDS)
+        rate = server_rate(CONFIG.ferret, plan, ledger, ROUNDS)
         ledger = ledger.append(publish(plan, update.coefficients, rate))
         replica.follow(ledger)
         ledger = ledger.with_fingerprint(replica.fingerprint)

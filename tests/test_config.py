@@ -113,7 +113,7 @@ def test_an_unknown_key_like_no_other_lists_them_all():
     ],
 )
 def test_another_type(key, value, kind):
-    assert _errors({key: value}) == [f"'{key}' must be a {kind}, got {value!r}"]
+    assert _errors({key: value}) == [f"'{key}' must be of type {kind}, got {value!r}"]
 
 
 def test_an_integer_is_a_float():

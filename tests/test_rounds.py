@@ -55,7 +55,7 @@ def a_run(config, seed, rounds, delta=DELTA):
     ledger = make_ledger()
     for _ in range(rounds):
         plan = next_plan(ledger, config, seed)
-        ledger = ledger.append(published(plan, server_rate(config, plan.round, rounds), delta))
+        ledger = ledger.append(published(plan, server_rate(config, plan, ledger, rounds), delta))
     return ledger
 
 
@@ -82,8 +82,9 @@ def test_a_resumed_run_publishes_the_same_rounds(tmp_path):
     whole.until(2).save(tmp_path / "ledger")
     ledger = Ledger.load(tmp_path / "ledger")
     for round in (3, 4):
-        entry = published(next_plan(ledger, CONFIG, 5), server_rate(CONFIG, round, 4))
-        ledger = ledger.append(entry)
+        plan = next_plan(ledger, CONFIG, 5)
+        assert plan.round == round
+        ledger = ledger.append(published(plan, server_rate(CONFIG, plan, ledger, 4)))
     assert ledger.head == whole.head
 
 
@@ -210,8 +211,19 @@ def test_rounds_cut_otherwise_do_not_count():
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_the_first_round_warms_up(schedule):
     config = FerretConfig(server_rate=2.0, warmup_rate=0.25, rate_schedule=schedule)
-    assert server_rate(config, 1, 8) == 0.5
-    assert server_rate(config, 1, 1) == 0.5
+    first = next_plan(make_ledger(), CONFIG, 5)
+    assert server_rate(config, first, make_ledger(), 8) == 0.5
+    assert server_rate(config, first, make_ledger(), 1) == 0.5
+
+
+def test_blocks_cut_anew_warm_up_again():
+    ledger = a_run(CONFIG, seed=5, rounds=2)
+    other = replace(CONFIG, blocks=2, warmup_rate=0.25)
+    assert other.blocks != ledger.entries[0].plan.blocks.count
+    plan = next_plan(ledger, other, 5)
+    assert server_rate(other, plan, ledger, 4) == 0.25
+    again = next_plan(ledger, CONFIG, 5)
+    assert server_rate(CONFIG, again, ledger, 4) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -224,7 +236,11 @@ def test_the_first_round_warms_up(schedule):
 )
 def test_schedules(schedule, rates):
     config = FerretConfig(server_rate=2.0, warmup_rate=0.1, rate_schedule=schedule)
-    computed = [server_rate(config, round, 4) for round in (2, 3, 4, 5, 6)]
+    ledger, computed = a_run(CONFIG, seed=5, rounds=1), []
+    for _ in range(5):
+        plan = next_plan(ledger, CONFIG, 5)
+        computed.append(server_rate(config, plan, ledger, 4))
+        ledger = ledger.append(published(plan))
     np.testing.assert_allclose(computed, rates, atol=1e-12)
 
 

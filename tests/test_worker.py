@@ -1,5 +1,7 @@
 """A process's model: tensors as arrays, the replica behind them, and the nodes it serves."""
 
+from dataclasses import replace
+
 import numba
 import numpy as np
 import pytest
@@ -219,10 +221,16 @@ def test_a_node_trains_in_place_the_same_way_each_time():
     assert not equal(ends[0], ends[2])  # other examples
 
 
-def test_a_node_evaluates_its_own_examples():
-    one, two = (Node.of(CONFIG, i, 2) for i in range(2))
+def test_a_node_evaluates_its_own_held_out_examples():
+    config = replace(CONFIG, strategy=replace(CONFIG.strategy, fraction_evaluate=1.0))
+    one, two = (Node.of(config, i, 2) for i in range(2))
+    whole = Node.of(CONFIG, 0, 2)
+    assert len(whole.held_out) == 0
+    assert sorted([*one.examples["origin"], *one.held_out["origin"]]) == sorted(
+        whole.examples["origin"]
+    )
     loss = one.evaluate()["loss"]
-    assert loss == score(one.worker.lm, one.examples, CONFIG)["loss"]
+    assert loss == score(one.worker.lm, one.held_out, config)["loss"]
     assert loss != two.evaluate()["loss"]
     with torch.no_grad():
         for p in one.worker.parameters.values():

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context
-from flwr.client import Client
+from flwr.client import Client, NumPyClient
 from flwr.common import Metrics, NDArrays, Scalar, ndarrays_to_parameters
 from flwr.server import ServerAppComponents, ServerConfig
 from flwr.server.strategy import FedAvg
 
 from ferret_flwr import report
 from ferret_flwr.config import Config, ConfigError, parse
-from ferret_flwr.flower.cache import LedgerCache, default_folder
+from ferret_flwr.flower.cache import LedgerCache
+from ferret_flwr.flower.nodes import SeededClientManager
 from ferret_flwr.flower.recording import Recorded, RecordingServer, Row
 from ferret_flwr.flower.strategy import Ferret
 from ferret_flwr.ledger import Ledger
@@ -72,8 +73,11 @@ class Run:
         """Return what Flower runs."""
         recorded = Recorded(self.strategy, self._on_row, first_round=self.done)
         return ServerAppComponents(
-            server=RecordingServer(recorded, self._on_end),
-            config=ServerConfig(num_rounds=self.config.num_server_rounds - self.done),
+            server=RecordingServer(SeededClientManager(self.config.seed), recorded, self._on_end),
+            config=ServerConfig(
+                num_rounds=self.config.num_server_rounds - self.done,
+                round_timeout=self.config.strategy.round_timeout or None,
+            ),
         )
 
     def _ferret(self, ledger: Ledger | None) -> Ferret:
@@ -111,8 +115,10 @@ class Run:
             on_evaluate_config_fn=round_config,
         )
 
-    def _evaluate_replica(self, replica: Replica) -> tuple[float, dict[str, Scalar]] | None:
-        return self._evaluate(replica.round, replica.arrays)
+    def _evaluate_replica(
+        self, server_round: int, replica: Replica
+    ) -> tuple[float, dict[str, Scalar]] | None:
+        return self._evaluate(self.done + server_round, replica.arrays)
 
     def _evaluate_weights(
         self, server_round: int, weights: NDArrays, config: dict[str, Scalar]
@@ -154,10 +160,6 @@ class Run:
         """Leave the model and the plot."""
         if isinstance(self.strategy, Ferret) and not self.strategy.ledger:
             raise RuntimeError("no round was published: see the messages of the nodes above")
-        try:
-            report.plot(self.rows, self.folder / "loss.png", self.config.method)
-        except ImportError:
-            log.warning("no plot is drawn: matplotlib is not installed")
         if self.worker is not None:
             from ferret_flwr.training.models import save_model
 
@@ -170,6 +172,10 @@ class Run:
                 self.folder / "ledger.safetensors",
                 self.config.model.name,
             )
+        try:
+            report.plot_runs({self.config.method: self.rows}, self.folder / "loss.png")
+        except (ImportError, OSError) as error:
+            log.warning("no plot is drawn: %s", error)
 
 
 def _worker(config: Config) -> Worker:
@@ -221,18 +227,24 @@ def client(context: Context) -> Client:
     The node's own ``node-config`` says which partition it holds (``partition-id``,
     ``num-partitions``) and where its ledger cache lives (``cache-dir``).
     """
-    from ferret_flwr.flower.client import FailedClient, FedAvgClient, FerretClient
-    from ferret_flwr.training.worker import Node
+    from ferret_flwr.flower.client import LateClient
 
     show_progress()
     config = parse(context.run_config)
     partition_id = int(_from_node(context, "partition-id"))
-    try:
-        node = Node.of(config, partition_id, int(_from_node(context, "num-partitions")))
-    except Exception as error:
-        if config.method != "ferret":
-            raise
-        return FailedClient(error, partition_id).to_client()
+    return LateClient(
+        lambda: _node_client(context, config, partition_id),
+        partition_id,
+        answers_errors=config.method == "ferret",
+    ).to_client()
+
+
+def _node_client(context: Context, config: Config, partition_id: int) -> NumPyClient:
+    """Load model and data, and return the client of ``config.method``."""
+    from ferret_flwr.flower.client import FedAvgClient, FerretClient
+    from ferret_flwr.training.worker import Node
+
+    node = Node.of(config, partition_id, int(_from_node(context, "num-partitions")))
 
     def train(round: int, _: dict[str, Scalar]) -> tuple[int, dict[str, Scalar]]:
         result = node.train(round)
@@ -240,27 +252,19 @@ def client(context: Context) -> Client:
 
     def evaluate(round: int, _: dict[str, Scalar]) -> tuple[float, int, dict[str, Scalar]]:
         metrics = node.evaluate()
-        return metrics.pop("loss"), len(node.examples), dict(metrics)
+        return metrics.pop("loss"), len(node.held_out), dict(metrics)
 
     parameters = node.worker.parameters
     if config.method == "fedavg":
-        return FedAvgClient(
-            parameters, train, evaluate=evaluate, partition_id=partition_id
-        ).to_client()
-    folder = context.node_config.get("cache-dir") or config.ferret.cache_dir
+        return FedAvgClient(parameters, train, evaluate=evaluate, partition_id=partition_id)
     return FerretClient(
         parameters,
         train,
         node.worker.replica,
-        LedgerCache(
-            Path(str(folder)).expanduser() if folder else default_folder(),
-            context.run_id,
-            context.node_id,
-        ),
+        LedgerCache.of(context, config.ferret.cache_dir),
         evaluate=evaluate,
         partition_id=partition_id,
-        per_client_bases=config.ferret.bases == "per-client",
-    ).to_client()
+    )
 
 
 def _from_node(context: Context, key: str) -> Any:

@@ -8,6 +8,8 @@ import shutil
 import time
 from pathlib import Path
 
+from flwr.app import Context
+
 from ferret_flwr.flower.wire import Request
 from ferret_flwr.ledger import Ledger, LedgerError
 
@@ -41,6 +43,16 @@ class LedgerCache:
         self.folder = folder
         self.path = folder / f"run-{run}" / f"node-{node}.safetensors"
 
+    @classmethod
+    def of(cls, context: Context, folder: str = "") -> LedgerCache:
+        """Return the cache of Flower's node ``context``.
+
+        Its node-config's ``cache-dir`` comes before ``folder``, and both before the user's own.
+        """
+        chosen = str(context.node_config.get("cache-dir") or folder)
+        path = Path(chosen).expanduser() if chosen else default_folder()
+        return cls(path, context.run_id, context.node_id)
+
     def complete(self, request: Request) -> tuple[Ledger, int]:
         """Return the whole ledger, cached rounds and those of ``request``, and how many are kept.
 
@@ -56,8 +68,6 @@ class LedgerCache:
             ledger = ledger.append(entry)
         if ledger.head != request.head:
             raise LedgerError("the rounds received do not lead to the ledger that they name")
-        if request.fingerprint:
-            ledger = ledger.with_fingerprint(request.fingerprint)
         kept = self._save(ledger) if request.entries else True
         return ledger, len(ledger) if kept else 0
 
@@ -77,7 +87,7 @@ class LedgerCache:
                 f"the cached ledger '{self.path}' holds other rounds than the server's 1.."
                 f"{request.since}; it is removed, and this node needs the whole ledger"
             )
-        return cached
+        return cached.with_fingerprint(request.since_fingerprint)
 
     def _save(self, ledger: Ledger) -> bool:
         first = not self.path.parent.exists()

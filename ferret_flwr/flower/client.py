@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
+from flwr.app import Context
 from flwr.client import NumPyClient
 from flwr.common import NDArrays, Scalar
 
 from ferret_flwr.flower import wire
-from ferret_flwr.flower.cache import LedgerCache
+from ferret_flwr.flower.cache import LedgerCache, StaleCacheError
 from ferret_flwr.ledger import Ledger
 from ferret_flwr.methods import fedavg, ferret
-from ferret_flwr.projection.kernels.philox import derive_seed
+from ferret_flwr.projection.layout import Layout
 from ferret_flwr.replica import Replica, ReplicaError
 from ferret_flwr.training.tensors import load_masters, masters_of
 
@@ -47,8 +49,6 @@ class FerretClient(NumPyClient):
         metrics.
     partition_id
         Names the node in the server's messages, and orders the replies.
-    per_client_bases
-        Draw bases of this client's own instead of the round's shared ones.
     """
 
     def __init__(
@@ -59,8 +59,7 @@ class FerretClient(NumPyClient):
         cache: LedgerCache,
         *,
         evaluate: Score | None = None,
-        partition_id: int = 0,
-        per_client_bases: bool = False,
+        partition_id: int,
     ) -> None:
         """Keep the pieces; nothing is computed yet."""
         self.tensors = parameters
@@ -69,7 +68,39 @@ class FerretClient(NumPyClient):
         self.replica = replica
         self.cache = cache
         self.partition_id = partition_id
-        self.per_client_bases = per_client_bases
+
+    @classmethod
+    def of(
+        cls,
+        model: torch.nn.Module,
+        train: Step,
+        context: Context,
+        *,
+        evaluate: Score | None = None,
+    ) -> FerretClient:
+        """Return the client for a freshly loaded ``model`` in a ``client_fn``.
+
+        Parameters
+        ----------
+        model
+            Still at its base weights, which are the same on every node.
+        train, evaluate
+            As in `FerretClient`.
+        context
+            What Flower hands to ``client_fn``; its node-config names the ``partition-id``.
+        """
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        layout, base = Layout.of(parameters), masters_of(parameters)
+        replica = Replica(layout, [array.copy() for array in base])
+
+        def at(round: int) -> Replica:
+            if replica.round <= round:
+                return replica
+            return Replica(layout, [array.copy() for array in base])
+
+        partition_id = int(context.node_config["partition-id"])
+        cache = LedgerCache.of(context)
+        return cls(parameters, train, at, cache, evaluate=evaluate, partition_id=partition_id)
 
     def get_properties(self, config: Metrics) -> Metrics:
         """Say which base model this node has."""
@@ -103,12 +134,11 @@ class FerretClient(NumPyClient):
             return step() | {"partition-id": self.partition_id}
         except Exception as error:
             log.exception("partition %d failed", self.partition_id)
-            text = f"{type(error).__name__}: {error}"
-            return {"error": text, "partition-id": self.partition_id}
+            return failure(error, self.partition_id)
 
     def _properties(self) -> Metrics:
         header = self.replica(0).header
-        return {"layout": header.layout, "size": header.size, "base": header.base}
+        return asdict(header)
 
     def _fit(self, parameters: NDArrays, config: Metrics) -> tuple[NDArrays, int, Metrics]:
         start = time.perf_counter()
@@ -117,8 +147,7 @@ class FerretClient(NumPyClient):
             raise wire.ProtocolError("a request to train without a plan")
         replica, _, cached = self._catch_up(request)
         plan = request.plan
-        if self.per_client_bases:
-            plan = plan.with_seed(derive_seed(plan.seed, self.partition_id))
+        plan = plan.with_seed(wire.node_seed(plan, request.bases, self.partition_id))
         caught_up = time.perf_counter()
         update, (examples, metrics) = ferret.local_round(
             replica, self.tensors, plan, lambda: self.train_model(plan.round, config)
@@ -156,34 +185,65 @@ class FerretClient(NumPyClient):
         return replica, ledger, cached
 
 
-class FailedClient(NumPyClient):
-    """Answers every message with the error that kept the node from loading its model or data.
+class LateClient(NumPyClient):
+    """Builds the node's client when it is needed, and answers with the error if that fails.
 
     Parameters
     ----------
-    error
-        What went wrong.
+    build
+        Loads model and data.
     partition_id
         Names the node in the server's messages.
+    answers_errors
+        Answer with an error, which Ferret names, instead of raising it.
     """
 
-    def __init__(self, error: Exception, partition_id: int) -> None:
-        """Log the error where it happened."""
-        log.error("partition %d: %s", partition_id, error)
-        text = f"{type(error).__name__}: {error}"
-        self.answer: Metrics = {"error": text, "partition-id": partition_id}
+    def __init__(
+        self, build: Callable[[], NumPyClient], partition_id: int, *, answers_errors: bool = True
+    ) -> None:
+        """Load nothing yet."""
+        self.build = build
+        self.answers_errors = answers_errors
+        self.partition_id = partition_id
 
     def get_properties(self, config: Metrics) -> Metrics:
-        """Answer with the error."""
-        return self.answer
+        """Say which partition this is, or ask the node's client."""
+        if config.get("ask") == "partition-id":
+            return {"partition-id": self.partition_id}
+        client = self._client()
+        return client if isinstance(client, dict) else client.get_properties(config)
+
+    def get_parameters(self, config: Metrics) -> NDArrays:
+        """Return what the node's client starts from."""
+        return self.build().get_parameters(config)
 
     def fit(self, parameters: NDArrays, config: Metrics) -> tuple[NDArrays, int, Metrics]:
-        """Answer with the error."""
-        return [], 0, self.answer
+        """Train."""
+        client = self._client()
+        return ([], 0, client) if isinstance(client, dict) else client.fit(parameters, config)
 
     def evaluate(self, parameters: NDArrays, config: Metrics) -> tuple[float, int, Metrics]:
-        """Answer with the error."""
-        return 0.0, 0, self.answer
+        """Evaluate."""
+        client = self._client()
+        if isinstance(client, dict):
+            return 0.0, 0, client
+        return client.evaluate(parameters, config)
+
+    def _client(self) -> NumPyClient | Metrics:
+        try:
+            return self.build()
+        except Exception as error:
+            log.exception("partition %d cannot start", self.partition_id)
+            if not self.answers_errors:
+                raise
+            return failure(error, self.partition_id)
+
+
+def failure(error: Exception, partition_id: int) -> Metrics:
+    """Return the answer that names ``error``."""
+    text = f"{type(error).__name__}: {error}"
+    stale = isinstance(error, StaleCacheError)
+    return {"error": text, "stale": stale, "partition-id": partition_id}
 
 
 class FedAvgClient(NumPyClient):

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from flwr.common import EvaluateIns, EvaluateRes, FitIns, FitRes, Parameters, Scalar
+from flwr.common import (
+    DisconnectRes,
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    GetParametersIns,
+    GetParametersRes,
+    GetPropertiesIns,
+    GetPropertiesRes,
+    Parameters,
+    ReconnectIns,
+    Scalar,
+)
 from flwr.server import History, Server
-from flwr.server.client_manager import ClientManager, SimpleClientManager
+from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy
 
+from ferret_flwr.flower.nodes import SeededClientManager, by_partition, node_name
 from ferret_flwr.flower.wire import message_nbytes
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+MOST_AT_ONCE = 256  # threads that wait for nodes
 AVERAGED = (
     "train/loss",
     "ferret/fidelity",
@@ -26,6 +42,67 @@ AVERAGED = (
     "time/project_s",
     "time/reconstruct_s",
 )
+
+
+class Weighed(ClientProxy):
+    """A node's proxy that counts what passes through it and names the node when it fails.
+
+    Parameters
+    ----------
+    proxy
+        Flower's own.
+    traffic
+        Bytes down and up, counted here.
+    """
+
+    def __init__(self, proxy: ClientProxy, traffic: list[int]) -> None:
+        """Stand for the same node."""
+        super().__init__(proxy.cid)
+        self.proxy = proxy
+        self.traffic = traffic
+
+    def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
+        """Weigh the request and the reply."""
+        self.traffic[0] += message_nbytes(ins.parameters, ins.config)
+        with self._named():
+            reply = self.proxy.fit(ins, timeout, group_id)
+        self.traffic[1] += message_nbytes(reply.parameters, reply.metrics)
+        return reply
+
+    def evaluate(
+        self, ins: EvaluateIns, timeout: float | None, group_id: int | None
+    ) -> EvaluateRes:
+        """Weigh the request and the reply."""
+        self.traffic[0] += message_nbytes(ins.parameters, ins.config)
+        with self._named():
+            reply = self.proxy.evaluate(ins, timeout, group_id)
+        self.traffic[1] += message_nbytes(Parameters([], ""), reply.metrics)
+        return reply
+
+    def get_properties(
+        self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None
+    ) -> GetPropertiesRes:
+        """Pass on."""
+        return self.proxy.get_properties(ins, timeout, group_id)
+
+    def get_parameters(
+        self, ins: GetParametersIns, timeout: float | None, group_id: int | None
+    ) -> GetParametersRes:
+        """Pass on."""
+        return self.proxy.get_parameters(ins, timeout, group_id)
+
+    def reconnect(
+        self, ins: ReconnectIns, timeout: float | None, group_id: int | None
+    ) -> DisconnectRes:
+        """Pass on."""
+        return self.proxy.reconnect(ins, timeout, group_id)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise RuntimeError(f"node {self.cid} failed: {error}") from error
 
 
 class Recorded(Strategy):
@@ -59,16 +136,16 @@ class Recorded(Strategy):
     def configure_fit(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
-        """Start the round's row and weigh the requests."""
+        """Start the round's row and weigh what passes to and from its nodes."""
         self._started, self._traffic = time.perf_counter(), {}
         self.row = {"round": self.first_round + server_round}
+        if isinstance(client_manager, SeededClientManager):
+            client_manager.start_round(self.row["round"])
         requests = self.strategy.configure_fit(
             server_round=server_round, parameters=parameters, client_manager=client_manager
         )
-        for client, request in requests:
-            self._count(client, 0, message_nbytes(request.parameters, request.config))
         self.row["time/plan_s"] = time.perf_counter() - self._started
-        return requests
+        return [(self._weighed(client), request) for client, request in requests]
 
     def aggregate_fit(
         self,
@@ -76,17 +153,17 @@ class Recorded(Strategy):
         results: list[tuple[ClientProxy, FitRes]],
         failures: list[tuple[ClientProxy, FitRes] | BaseException],
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
-        """Weigh the replies and average what they report."""
-        for client, reply in results:
-            self._count(client, 1, message_nbytes(reply.parameters, reply.metrics))
-        self.row |= _averages(results)
+        """Sort the replies, so that no sum depends on their arrival, and average their reports."""
+        results = sorted(results, key=by_partition)
         start = time.perf_counter()
         aggregate = self.strategy.aggregate_fit(
             server_round=server_round, results=results, failures=failures
         )
         refused = getattr(self.strategy, "refused", {})
         self.row["time/aggregate_s"] = time.perf_counter() - start
-        self.row["nodes"] = len(results) - len(refused)
+        used = [r for r in results if node_name(r[0], r[1].metrics) not in refused]
+        self.row |= _averages(used)
+        self.row["nodes"] = len(used)
         self.row["failures"] = [*map(str, failures), *(f"{k}: {v}" for k, v in refused.items())]
         return aggregate
 
@@ -109,15 +186,13 @@ class Recorded(Strategy):
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, EvaluateIns]]:
-        """Weigh the requests to evaluate; without any, the row is finished."""
+        """Weigh what the nodes are sent to evaluate; if nothing, the row is finished."""
         requests = self.strategy.configure_evaluate(
             server_round=server_round, parameters=parameters, client_manager=client_manager
         )
-        for client, request in requests:
-            self._count(client, 0, message_nbytes(request.parameters, request.config))
         if not requests:
             self._finish()
-        return requests
+        return [(self._weighed(client), request) for client, request in requests]
 
     def aggregate_evaluate(
         self,
@@ -126,8 +201,6 @@ class Recorded(Strategy):
         failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Add the nodes' evaluation and finish the row."""
-        for client, reply in results:
-            self._count(client, 1, message_nbytes(Parameters([], ""), reply.metrics))
         loss, metrics = self.strategy.aggregate_evaluate(
             server_round=server_round, results=results, failures=failures
         )
@@ -136,8 +209,8 @@ class Recorded(Strategy):
         self._finish()
         return loss, metrics
 
-    def _count(self, client: ClientProxy, direction: int, nbytes: int) -> None:
-        self._traffic.setdefault(client.cid, [0, 0])[direction] += nbytes
+    def _weighed(self, client: ClientProxy) -> ClientProxy:
+        return Weighed(client, self._traffic.setdefault(client.cid, [0, 0]))
 
     def _finish(self) -> None:
         down, up = zip(*self._traffic.values(), strict=True) if self._traffic else ((), ())
@@ -159,8 +232,8 @@ def _averages(results: list[tuple[ClientProxy, FitRes]]) -> Row:
     for key in AVERAGED:
         pairs = [
             (float(reply.metrics[key]), reply.num_examples)
-            for _, reply in sorted(results, key=lambda result: result[0].cid)
-            if key in reply.metrics and reply.num_examples > 0
+            for _, reply in results
+            if isinstance(reply.metrics.get(key), int | float) and reply.num_examples > 0
         ]
         if pairs:
             values, weights = zip(*pairs, strict=True)
@@ -169,16 +242,26 @@ def _averages(results: list[tuple[ClientProxy, FitRes]]) -> Row:
 
 
 class RecordingServer(Server):
-    """Flower's server, which calls ``on_end`` when the last round is over or has failed."""
+    """Flower's server, which calls ``on_end`` when the last round is over.
 
-    def __init__(self, strategy: Strategy, on_end: Callable[[], None]) -> None:
-        """Use Flower's own client manager."""
-        super().__init__(client_manager=SimpleClientManager(), strategy=strategy)
+    Parameters
+    ----------
+    client_manager, strategy
+        As Flower's.
+    on_end
+        Called once.
+    """
+
+    def __init__(
+        self, client_manager: ClientManager, strategy: Strategy, on_end: Callable[[], None]
+    ) -> None:
+        """Ask all nodes of a round at once, where Flower would ask a handful."""
+        super().__init__(client_manager=client_manager, strategy=strategy)
+        self.set_max_workers(MOST_AT_ONCE)
         self.on_end = on_end
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
         """Run the rounds."""
-        try:
-            return super().fit(num_rounds, timeout)
-        finally:
-            self.on_end()
+        result = super().fit(num_rounds, timeout)
+        self.on_end()
+        return result

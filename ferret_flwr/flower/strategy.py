@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 from flwr.common import (
-    Code,
     EvaluateIns,
     EvaluateRes,
     FitIns,
@@ -23,11 +22,13 @@ from flwr.common import (
 )
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
-from flwr.server.strategy import Strategy
+from flwr.server.server import fit_clients
+from flwr.server.strategy import FedAvg, Strategy
 
 from ferret_flwr.config import ConfigError, FerretConfig
 from ferret_flwr.flower import wire
-from ferret_flwr.ledger import Header, Ledger, LedgerError
+from ferret_flwr.flower.nodes import by_partition, node_name
+from ferret_flwr.ledger import Entry, Header, Ledger, LedgerError
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 from ferret_flwr.replica import Replica
 from ferret_flwr.rounds import next_plan, publish, server_rate
@@ -35,10 +36,12 @@ from ferret_flwr.rounds import next_plan, publish, server_rate
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, Scalar]
-Evaluate = Callable[[Replica], tuple[float, Metrics] | None]
+Evaluate = Callable[[int, Replica], tuple[float, Metrics] | None]
 FitResult = tuple[ClientProxy, FitRes]
 
 WAIT_SECONDS = 86_400  # for the first node, as Flower itself waits
+HEADER_SECONDS = 600.0  # to load a base model and fingerprint it
+HEADER_FIELDS = tuple(field.name for field in fields(Header))
 ASKED_FOR_HEADER = 5  # nodes whose base model decides, where the server has none
 
 
@@ -59,7 +62,7 @@ class Ferret(Strategy):
         A model that follows the ledger on the server. Without one the server needs no model: it
         learns the number of parameters from a node.
     evaluate
-        Called with the replica after each round, returns a loss and metrics, or None.
+        Called with Flower's round and the replica, returns a loss and metrics, or None.
     ledger
         A ledger to continue from.
     ledger_path
@@ -81,6 +84,11 @@ class Ferret(Strategy):
         """Bring the replica to the end of the ledger, if both are given."""
         self.strategy = strategy
         self.config = config or FerretConfig()
+        if self.config.bases == "per-client" and type(strategy) is not FedAvg:
+            raise ConfigError(
+                f"'ferret.bases' = 'per-client' needs FedAvg inside, got {strategy!r}: numbers on "
+                "different bases cannot be aggregated otherwise"
+            )
         if self.config.rate_schedule != "constant" and num_rounds < 1:
             raise ConfigError(
                 f"the server rate is '{self.config.rate_schedule}': Ferret needs num_rounds"
@@ -97,6 +105,7 @@ class Ferret(Strategy):
         self.plan: RoundPlan | None = None
         self.refused: dict[str, str] = {}  # node -> why its reply of this round was not used
         self._reached: dict[str, int] = {}  # node -> rounds in its ledger cache
+        self._configs: dict[str, dict[str, Scalar]] = {}  # what the inner strategy sends each node
 
     def __repr__(self) -> str:
         """Name the inner strategy."""
@@ -106,7 +115,8 @@ class Ferret(Strategy):
         """Learn what the nodes' base model is, unless the server has it; return no weights."""
         self.strategy.initialize_parameters(client_manager)
         if self.ledger is None:
-            self.ledger = Ledger(_ask_for_header(client_manager))
+            least = getattr(self.strategy, "min_available_clients", 1)
+            self.ledger = Ledger(_ask_for_header(client_manager, least))
         return ndarrays_to_parameters([np.zeros(1, dtype=np.float32)])
 
     def configure_fit(
@@ -121,11 +131,8 @@ class Ferret(Strategy):
             parameters=ndarrays_to_parameters([zeros]),
             client_manager=client_manager,
         )
-        requests = []
-        for client, instruction in chosen:
-            arrays, entry = self._request(client, self.plan)
-            requests.append((client, FitIns(arrays, instruction.config | entry)))
-        return requests
+        self._configs = {client.cid: instruction.config for client, instruction in chosen}
+        return [(client, self._train_request(client)) for client, _ in chosen]
 
     def aggregate_fit(
         self,
@@ -136,31 +143,28 @@ class Ferret(Strategy):
         """Check the replies, let the inner strategy average them, publish the round."""
         assert self.plan is not None, "configure_fit comes first"
         self.refused = {}
-        accepted = self._accept(results)
         for failure in failures:
-            log.warning("a node failed: %s", failure if isinstance(failure, BaseException) else "")
+            reason = failure if isinstance(failure, BaseException) else failure[1].status.message
+            log.warning("a node failed: %s", reason)
+        rate = server_rate(self.config, self.plan, self._ledger(), self.num_rounds)
+        accepted = self._accept(self._ask_again(results, server_round), rate)
         if not accepted:
             log.error("round %d: no usable reply, nothing is published", self.plan.round)
             return None, {}
-        rate = server_rate(self.config, self.plan.round, self.num_rounds)
-        if self.config.bases == "per-client":
-            metrics: Metrics = {}
-            weights = np.array([res.num_examples for _, res in accepted], dtype=np.float64)
-            rows = np.stack([parameters_to_ndarrays(res.parameters)[0] for _, res in accepted])
-            seeds = [int(res.metrics["seed"]) for _, res in accepted]
-            entry = publish(self.plan, rows * (weights / weights.sum())[:, None], rate, seeds)
-        else:
-            aggregate, metrics = self.strategy.aggregate_fit(
-                server_round=server_round, results=accepted, failures=failures
-            )
-            if aggregate is None:
-                log.error("round %d: the inner strategy returned nothing", self.plan.round)
-                return None, metrics
-            try:
+        aggregate, metrics = self.strategy.aggregate_fit(
+            server_round=server_round, results=accepted, failures=failures
+        )
+        if aggregate is None:
+            log.error("round %d: the inner strategy returned nothing", self.plan.round)
+            return None, metrics
+        try:
+            if self.config.bases == "per-client":
+                entry = _publish_rows(self.plan, accepted, rate)
+            else:
                 entry = publish(self.plan, parameters_to_ndarrays(aggregate)[0], rate)
-            except PlanError as error:
-                log.error("round %d is not published: %s", self.plan.round, error)
-                return None, metrics
+        except PlanError as error:
+            log.error("round %d is not published: %s", self.plan.round, error)
+            return None, metrics
         self.ledger = self._ledger().append(entry)
         if self.replica is not None:
             self.replica.follow(self.ledger)
@@ -172,7 +176,7 @@ class Ferret(Strategy):
         """Evaluate the server's replica, if there is one."""
         if self.replica is None or self.evaluate_replica is None:
             return None
-        return self.evaluate_replica(self.replica)
+        return self.evaluate_replica(server_round, self.replica)
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -214,23 +218,48 @@ class Ferret(Strategy):
         self, client: ClientProxy, plan: RoundPlan | None
     ) -> tuple[Parameters, dict[str, Scalar]]:
         since = self._reached.get(client.cid, 0)
-        return wire.encode(wire.Request.of(self._ledger(), since, plan))
+        return wire.encode(wire.Request.of(self._ledger(), since, plan, self.config.bases))
+
+    def _train_request(self, client: ClientProxy) -> FitIns:
+        arrays, entry = self._request(client, self.plan)
+        return FitIns(arrays, self._configs.get(client.cid, {}) | entry)
+
+    def _ask_again(self, results: list[FitResult], server_round: int) -> list[FitResult]:
+        """Send the whole ledger to the nodes that have lost theirs, and use their new replies."""
+        stale = {
+            client: node_name(client, reply.metrics)
+            for client, reply in results
+            if reply.metrics.get("stale")
+        }
+        if not stale:
+            return results
+        requests = []
+        for client, name in stale.items():
+            log.warning("%s has lost its ledger cache and gets the whole ledger", name)
+            self._reached[client.cid] = 0
+            requests.append((client, self._train_request(client)))
+        again, failures = fit_clients(
+            requests, max_workers=None, timeout=None, group_id=server_round
+        )
+        for failure in failures:
+            log.warning("a node failed when it was asked again: %s", failure)
+        return [result for result in results if result[0] not in stale] + again
 
     def _refuse(self, client: ClientProxy, metrics: Metrics, reason: str) -> None:
         """Name the node, and send it the whole ledger next time."""
-        name = _name(client, metrics)
+        name = node_name(client, metrics)
         self.refused[name] = reason
         self._reached[client.cid] = 0
         log.warning("%s is left out: %s", name, reason)
 
-    def _accept(self, results: list[FitResult]) -> list[FitResult]:
+    def _accept(self, results: list[FitResult], rate: float) -> list[FitResult]:
         """Return the replies that can be used, in an order that does not depend on arrival."""
         plan, ledger = self.plan, self._ledger()
         assert plan is not None
         usable = []
-        for client, reply in sorted(results, key=_order):
+        for client, reply in sorted(results, key=by_partition):
             try:
-                _check_reply(reply, plan)
+                _check_reply(reply, plan, self.config.bases, rate)
                 usable.append((client, reply))
             except (ValueError, PlanError) as error:
                 self._refuse(client, reply.metrics, str(error))
@@ -241,7 +270,7 @@ class Ferret(Strategy):
         for client, reply in usable:
             if reply.metrics["fingerprint"] == expected:
                 self._reached[client.cid] = _cached(reply.metrics, len(ledger))
-                accepted.append((client, _without_private(reply)))
+                accepted.append((client, reply))
             else:
                 self._refuse(
                     client,
@@ -271,71 +300,77 @@ class Ferret(Strategy):
             )
 
 
-def _name(client: ClientProxy, metrics: Metrics) -> str:
-    if "partition-id" in metrics:
-        return f"node {client.cid} (partition {metrics['partition-id']!r})"
-    return f"node {client.cid}"
-
-
 def _cached(metrics: Metrics, most: int) -> int:
     """Return how many rounds the node says it keeps on its disk."""
     cached = metrics.get("cached", 0)
     return cached if isinstance(cached, int) and 0 <= cached <= most else 0
 
 
-def _order(result: FitResult) -> tuple[int, str]:
-    """Sort by partition: node ids differ from run to run in simulation."""
-    client, reply = result
-    partition = reply.metrics.get("partition-id", -1)
-    return (partition if isinstance(partition, int) else -1), client.cid
-
-
-def _check_reply(reply: FitRes, plan: RoundPlan) -> None:
+def _check_reply(reply: FitRes, plan: RoundPlan, bases: str, rate: float) -> None:
     """Raise `ValueError` saying why ``reply`` cannot be used."""
     if error := reply.metrics.get("error"):
         raise ValueError(str(error))
-    for key, kind in (("round", int), ("seed", int), ("fingerprint", str)):
+    kinds = {"round": int, "seed": int, "partition-id": int, "fingerprint": str}
+    for key, kind in kinds.items():
         if not isinstance(reply.metrics.get(key), kind):
             raise ValueError(f"its reply has no '{key}': it must use FerretClient")
     if reply.metrics["round"] != plan.round:
         raise ValueError(f"it replied to round {reply.metrics['round']!r}, this is {plan.round}")
+    if not 0 <= int(reply.metrics["partition-id"]) < 2**63:
+        raise ValueError(f"it calls itself partition {reply.metrics['partition-id']!r}")
+    seed = wire.node_seed(plan, bases, int(reply.metrics["partition-id"]))
+    if reply.metrics["seed"] != seed:
+        raise ValueError(f"it used the seed {reply.metrics['seed']!r}, the round's is {seed}")
     if reply.num_examples < 1:
         raise ValueError(f"it reports {reply.num_examples} examples")
     arrays = parameters_to_ndarrays(reply.parameters)
     if len(arrays) != 1 or arrays[0].dtype != np.float32:
         raise ValueError(f"expected one float32 array, got {[str(a.dtype) for a in arrays]}")
     plan.check_coefficients(arrays[0], owner="its reply")
+    try:
+        publish(plan, arrays[0], rate)
+    except PlanError as overflow:
+        raise ValueError("its coefficients are too large for float32 when scaled") from overflow
 
 
-def _without_private(reply: FitRes) -> FitRes:
-    """Return ``reply`` with numeric metrics only, which is what aggregation functions expect."""
-    numbers: Metrics = {k: v for k, v in reply.metrics.items() if isinstance(v, int | float)}
-    return replace(reply, metrics=numbers)
+def _publish_rows(plan: RoundPlan, accepted: list[FitResult], rate: float) -> Entry:
+    """Publish each client's coefficients on its own bases, weighted as FedAvg would."""
+    weights = np.array([reply.num_examples for _, reply in accepted], dtype=np.float64)
+    rows = np.stack([parameters_to_ndarrays(reply.parameters)[0] for _, reply in accepted])
+    seeds = [int(reply.metrics["seed"]) for _, reply in accepted]
+    return publish(plan, rows * (weights / weights.sum())[:, None], rate, seeds)
 
 
-def _ask_for_header(client_manager: ClientManager) -> Header:
+def _ask_for_header(client_manager: ClientManager, least: int) -> Header:
     """Return the header that most of a few nodes report for their base model.
+
+    Parameters
+    ----------
+    client_manager
+        Knows the nodes.
+    least
+        How many of them to wait for.
 
     Raises
     ------
     LedgerError
         If no node could say, naming what the nodes answered instead.
     """
-    client_manager.wait_for(1, timeout=WAIT_SECONDS)
-    count = min(ASKED_FOR_HEADER, client_manager.num_available())
+    client_manager.wait_for(least, timeout=WAIT_SECONDS)
+    count = min(max(least, 1), ASKED_FOR_HEADER, client_manager.num_available())
     votes: Counter[Header] = Counter()
     errors = []
     for client in client_manager.sample(count):
-        answer = client.get_properties(GetPropertiesIns(config={}), timeout=None, group_id=0)
-        properties = answer.properties
-        if answer.status.code != Code.OK or "error" in properties or "layout" not in properties:
-            reason = str(properties.get("error", answer.status.message))
-            errors.append(f"{_name(client, properties)}: {reason}")
-            continue
-        layout, base = str(properties["layout"]), str(properties["base"])
-        votes[Header(layout, int(properties["size"]), base)] += 1
-    for error in errors:
-        log.warning(error)
+        try:
+            answer = client.get_properties(
+                GetPropertiesIns(config={}), timeout=HEADER_SECONDS, group_id=0
+            ).properties
+            if "error" in answer:
+                raise ValueError(str(answer["error"]))
+            votes[Header(**{name: answer[name] for name in HEADER_FIELDS})] += 1  # type: ignore[arg-type]
+        except Exception as error:  # whatever one node does, the others decide
+            errors.append(f"node {client.cid}: {error}")
+            log.warning(errors[-1])
     if not votes:
         raise LedgerError("no node could load its base model:\n" + "\n".join(errors))
     return votes.most_common(1)[0][0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from flwr.common import Parameters, Scalar, ndarrays_to_parameters
 from flwr.common.serde import recorddict_to_proto
 
 from ferret_flwr.ledger import Entry, Header, Ledger, unpack_plan
+from ferret_flwr.projection.kernels.philox import derive_seed
 from ferret_flwr.projection.packing import pack_counts
 from ferret_flwr.projection.plan import RoundPlan
 
@@ -37,37 +38,42 @@ class Request:
     ----------
     header
         Which model the ledger is for.
-    since, since_head
-        The round that the node is thought to have reached, and the ledger's digest there.
+    since, since_head, since_fingerprint
+        The round that the node is thought to have reached, the ledger's digest there, and the
+        fingerprint of the parameters, "" if the server does not know it.
     entries
         The rounds behind ``since``.
     head
         The ledger's digest at its end.
-    fingerprint
-        Of the parameters there, "" if the server does not know it.
     plan
         The bases of the coming round; None in a request to evaluate.
+    bases
+        Whether the node draws the plan's bases or its own, one of `ferret.bases`.
     """
 
     header: Header
     since: int
     since_head: str
+    since_fingerprint: str
     entries: tuple[Entry, ...]
     head: str
-    fingerprint: str
     plan: RoundPlan | None
+    bases: str = "shared"
 
     @classmethod
-    def of(cls, ledger: Ledger, since: int, plan: RoundPlan | None) -> Request:
+    def of(
+        cls, ledger: Ledger, since: int, plan: RoundPlan | None, bases: str = "shared"
+    ) -> Request:
         """Return the request for a node that has the first ``since`` rounds of ``ledger``."""
         return cls(
             ledger.header,
             since,
             ledger.digests[since],
+            ledger.until(since).fingerprint,
             ledger.entries[since:],
             ledger.head,
-            ledger.fingerprint,
             plan,
+            bases,
         )
 
 
@@ -78,7 +84,7 @@ def encode(request: Request) -> tuple[Parameters, dict[str, Scalar]]:
         arrays.append(pack_counts(request.plan.bases_per_block))
     for entry in request.entries:
         meta, pair = entry.pack()
-        metas.append(meta)
+        metas.append(meta | {"fingerprint": entry.fingerprint})
         arrays.extend(pair)
     plan = request.plan and {
         "round": request.plan.round,
@@ -92,10 +98,11 @@ def encode(request: Request) -> tuple[Parameters, dict[str, Scalar]]:
             "header": asdict(request.header),
             "since": request.since,
             "since-head": request.since_head,
+            "since-fingerprint": request.since_fingerprint,
             "entries": metas,
             "head": request.head,
-            "fingerprint": request.fingerprint,
             "plan": plan,
+            "bases": request.bases,
         },
         separators=(",", ":"),
     )
@@ -127,22 +134,31 @@ def decode(arrays: Sequence[np.ndarray], config: Mapping[str, Any]) -> Request:
         if values["plan"] is not None:
             plan = unpack_plan(values["plan"], rest.pop(0), header.size)
         entries = tuple(
-            Entry.unpack(meta, rest[2 * i : 2 * i + 2], header.size)
+            replace(
+                Entry.unpack(meta, rest[2 * i : 2 * i + 2], header.size),
+                fingerprint=meta["fingerprint"],
+            )
             for i, meta in enumerate(values["entries"])
         )
         return Request(
             header,
             values["since"],
             values["since-head"],
+            values["since-fingerprint"],
             entries,
             values["head"],
-            values["fingerprint"],
             plan,
+            values["bases"],
         )
     except ProtocolError:
         raise
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise ProtocolError(f"the request is not valid: {error!r}") from error
+
+
+def node_seed(plan: RoundPlan, bases: str, partition_id: int) -> int:
+    """Return the seed of a node's bases: the round's, or one of its own (paper, Alg. 1)."""
+    return plan.seed if bases == "shared" else derive_seed(plan.seed, partition_id)
 
 
 def payload_nbytes(plan: RoundPlan, seeds: int = 1) -> int:

@@ -56,7 +56,7 @@ def read_source(name: str, subset: str, revision: str, split: str, seed: int) ->
         return [row for file in files for row in _read_file(file)]
     if path.suffix in READERS:
         if not path.is_file():
-            raise DataError(_not_found(name, f"there is no file {path}"))
+            raise DataError(_not_found(name, f"there is no file {path.absolute()}"))
         return _read_file(path)
     if path.exists() or path.is_absolute() or name.startswith((".", "~")):
         raise DataError(_not_found(name, "it is no such file or folder"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import datasets
@@ -14,7 +15,7 @@ from ferret_flwr.config import Config, DatasetConfig, ModelConfig
 from ferret_flwr.projection.layout import Layout
 from ferret_flwr.replica import Replica
 from ferret_flwr.training.data import Split, load_examples
-from ferret_flwr.training.errors import ModelError
+from ferret_flwr.training.errors import DataError, ModelError
 from ferret_flwr.training.evaluation import evaluate
 from ferret_flwr.training.local import LocalResult, train_locally
 from ferret_flwr.training.models import LanguageModel, load_model, trainable_parameters
@@ -45,7 +46,7 @@ class Worker:
         _place(self.lm.model, config.device)
         self.parameters = trainable_parameters(self.lm.model)
         self.layout = Layout.of(self.parameters)
-        self._replica = Replica(self.layout, masters_of(self.parameters)) if follows else None
+        self._replica = self._from_base(self.parameters) if follows else None
         self._splits: dict[tuple[DatasetConfig, int], Split] = {}
 
     def replica(self, round: int) -> Replica:
@@ -54,8 +55,11 @@ class Worker:
             raise RuntimeError("this worker keeps no base parameters: follows=False")
         if self._replica.round > round:
             base = trainable_parameters(load_model(self.config).model)
-            self._replica = Replica(self.layout, masters_of(base))
+            self._replica = self._from_base(base)
         return self._replica
+
+    def _from_base(self, base: Mapping[str, torch.Tensor]) -> Replica:
+        return Replica(self.layout, masters_of(base), self.config.dtype)
 
     def split(self, dataset: DatasetConfig, seed: int) -> Split:
         """Return the examples to train on and the held-out ones, read once."""
@@ -82,6 +86,11 @@ def worker(config: ModelConfig, *, follows: bool) -> Worker:
     return Worker(config, follows=follows)
 
 
+def _without_test_file(config: DatasetConfig) -> DatasetConfig:
+    """Return ``config`` for a node, which needs no test file: only the server evaluates on it."""
+    return replace(config, test_name="", holdout=0.0) if config.test_name else config
+
+
 @dataclass(frozen=True)
 class Node:
     """One partition of the data with the process's model.
@@ -90,12 +99,16 @@ class Node:
     ----------
     worker, examples
         The model, and the node's training examples.
+    held_out
+        The share of its examples that the node does not train on but evaluates on; empty unless
+        nodes evaluate.
     config, partition_id
         The run, and which of its partitions.
     """
 
     worker: Worker
     examples: datasets.Dataset
+    held_out: datasets.Dataset
     config: Config
     partition_id: int
 
@@ -111,13 +124,26 @@ class Node:
         check_optimizer(config.train)
         shared = worker(config.model, follows=config.method == "ferret")
         examples = partition(
-            shared.split(config.dataset, config.seed).train,
+            shared.split(_without_test_file(config.dataset), config.seed).train,
             config.dataset,
             partition_id=partition_id,
             num_partitions=num_partitions,
             seed=config.seed,
         )
-        return cls(shared, examples, config, partition_id)
+        share = config.dataset.holdout if config.strategy.fraction_evaluate else 0.0
+        count = round(share * len(examples))
+        if count == len(examples) or (share and not count):
+            raise DataError(
+                f"partition {partition_id} has {len(examples)} examples, of which "
+                f"'dataset.holdout' = {share} leaves none to train or none to evaluate on"
+            )
+        return cls(
+            shared,
+            examples.select(range(count, len(examples))),
+            examples.select(range(count)),
+            config,
+            partition_id,
+        )
 
     def train(self, round: int) -> LocalResult:
         """Train the worker's model in place for one round, showing how far it is."""
@@ -150,8 +176,8 @@ class Node:
         )
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the worker's model on the node's own training examples."""
-        return score(self.worker.lm, self.examples, self.config)
+        """Evaluate the worker's model on the node's own held-out examples."""
+        return score(self.worker.lm, self.held_out, self.config)
 
 
 def score(lm: LanguageModel, examples: datasets.Dataset, config: Config) -> dict[str, float]:
@@ -181,5 +207,5 @@ def live_replica(worker: Worker) -> Replica:
     """
     arrays = as_arrays(worker.parameters.values())
     if all(array.dtype == "float32" and array.flags.c_contiguous for array in arrays):
-        return Replica(worker.layout, arrays)
-    return Replica(worker.layout, masters_of(worker.parameters))
+        return Replica(worker.layout, arrays, worker.config.dtype)
+    return Replica(worker.layout, masters_of(worker.parameters), worker.config.dtype)

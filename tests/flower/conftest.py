@@ -105,7 +105,6 @@ class Federation:
             LedgerCache(self.folder, run, node),
             evaluate=evaluate,
             partition_id=node,
-            per_client_bases=self.config.ferret.bases == "per-client",
         )
 
     def ferret(self, inner: Strategy | None = None, **arguments: object) -> Ferret:

@@ -59,7 +59,7 @@ def plain_loop(config: Config, rounds: int = ROUNDS, nodes: int = 2) -> Ledger:
             rows.append(update.coefficients)
             seeds.append(own.seed)
         weights = [len(node.examples) for node in members]
-        rate = server_rate(config.ferret, number, config.num_server_rounds)
+        rate = server_rate(config.ferret, plan, ledger, config.num_server_rounds)
         if config.ferret.bases == "per-client":
             shares = np.array(weights, dtype=np.float64) / sum(weights)
             ledger = ledger.append(publish(plan, np.stack(rows) * shares[:, None], rate, seeds))
