@@ -96,6 +96,7 @@ def test_the_head_covers_everything_but_fingerprints(ledger):
     coefficients = second.coefficients.copy()
     coefficients.view(np.uint32)[1, 2] ^= 1
     plan = second.plan
+    two = np.array([plan.bases_per_block[:2].sum(), plan.bases_per_block[2]])
     others = [
         replace(second, coefficients=coefficients),
         replace(second, coefficients=second.coefficients[::-1].copy()),
@@ -103,7 +104,7 @@ def test_the_head_covers_everything_but_fingerprints(ledger):
         replace(second, rate=np.nextafter(second.rate, 1)),
         replace(second, plan=plan.with_seed(plan.seed + 1)),
         replace(second, plan=replace(plan, family="truncated-normal")),
-        replace(second, plan=replace(plan, blocks=Blocks(SIZE, 256))),
+        replace(second, plan=replace(plan, blocks=Blocks(SIZE, 384), bases_per_block=two)),
         replace(second, plan=replace(plan, round=9)),
     ]
     moved = replace(third.plan, bases_per_block=np.array([200, 1, 1]))
