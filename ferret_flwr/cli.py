@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(plan, "--model")
     default = FerretConfig()
     plan.add_argument("--coefficients", "-k", type=int, default=default.coefficients, metavar="K")
-    plan.add_argument("--blocks", type=int, default=default.blocks, metavar="L", help="0 = K/2")
+    plan.add_argument("--blocks", type=int, default=default.blocks, metavar="L", help="0 = K/16")
     plan.add_argument("--family", choices=list(FAMILIES), default=default.family)
     plan.add_argument("--allocation", choices=list(ALLOCATIONS), default=default.allocation)
     plan.add_argument("--max-per-block", type=int, default=default.max_per_block)
@@ -165,7 +165,7 @@ def _plan(options: argparse.Namespace) -> None:
     lm = load_model(_model_config(options))
     parameters = trainable_parameters(lm.model)
     layout = Layout.of(parameters)
-    blocks = Blocks.of(layout.size, config.blocks or max(1, config.coefficients // 2))
+    blocks = Blocks.of(layout.size, config.num_blocks)
     if options.ledger is not None:
         energies = block_energies(_ledger_for(options, layout, blocks), blocks, config)
         source = f"the ledger '{options.ledger}'"

@@ -102,7 +102,7 @@ class FerretConfig:
     """The projection and the server's step (`ferret.*`)."""
 
     coefficients: int = _within(8192, 1)  # K, numbers a client sends per round
-    blocks: int = _within(0, 0)  # L, at most K; 0 = K / 2
+    blocks: int = _within(0, 0)  # L, at most K; 0 = K / 16
     family: str = _one_of("rademacher", "truncated-normal")
     bases: str = _one_of("shared", "per-client")
     allocation: str = _one_of("energy", "variance", "norm", "uniform")
@@ -110,10 +110,19 @@ class FerretConfig:
     energy_decay: float = _within(0.5, 0.0, 1.0)  # weight of the past in the moving average
     energy_floor: float = _within(1e-3, 0.0, 1.0)  # share of the mean energy
     server_rate: float = _within(1.0, 0.0)  # 1.0 = apply the average update
-    warmup_rate: float = _within(0.1, 0.0)  # factor on the rate before energies are known
+    warmup_rate: float = _within(0.3, 0.0)  # factor on the rate before energies are known
     rate_schedule: str = _one_of("constant", "linear", "cosine")
     resume: str = ""  # a ledger file to continue from
     cache_dir: str = ""  # where a node keeps its ledger cache; "" = the user's cache folder
+
+    @property
+    def num_blocks(self) -> int:
+        """Return L.
+
+        Few blocks leave bases over for the blocks that need them, and many bases in a block tell
+        its energy well; the work grows as K/L passes over the parameters.
+        """
+        return self.blocks or max(1, self.coefficients // 16)
 
 
 @dataclass(frozen=True)

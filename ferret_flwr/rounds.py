@@ -36,7 +36,7 @@ def next_plan(ledger: Ledger, config: FerretConfig, seed: int) -> RoundPlan:
     ConfigError
         If there are fewer coefficients than blocks.
     """
-    blocks = Blocks.of(ledger.header.size, config.blocks or max(1, config.coefficients // 2))
+    blocks = Blocks.of(ledger.header.size, config.num_blocks)
     if config.coefficients < blocks.count:
         raise ConfigError(
             f"'ferret.coefficients' must be at least the number of blocks = {blocks.count}, "
