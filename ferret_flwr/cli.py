@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from ferret_flwr.config import ConfigError, FerretConfig, ModelConfig
-from ferret_flwr.ledger import Ledger, LedgerError
+from ferret_flwr.ledger import Ledger, LedgerError, payload_nbytes
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.allocation import ALLOCATIONS, allocate, expected_fidelity
 from ferret_flwr.projection.families import FAMILIES
 from ferret_flwr.projection.layout import Blocks, Layout, LayoutError
-from ferret_flwr.projection.packing import packed_nbytes
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 from ferret_flwr.replica import Replica, ReplicaError
 from ferret_flwr.report import environment, nbytes_text
@@ -176,7 +175,7 @@ def _plan(options: argparse.Namespace) -> None:
     counts = allocate(config.allocation, energies, blocks, config.coefficients, cap)
     first = allocate("uniform", energies, blocks, config.coefficients)
     up = 4 * config.coefficients
-    down = up + 2 * packed_nbytes(counts)
+    down = payload_nbytes(RoundPlan(2, 0, config.family, blocks, counts))
     per_pass, per_basis = kernel_seconds(config.family)
     work = float((blocks.lengths * counts).sum())
     seconds = layout.size * per_pass + work * per_basis

@@ -146,6 +146,19 @@ def unpack_plan(meta: dict[str, Any], counts: np.ndarray, size: int) -> RoundPla
     )
 
 
+def payload_nbytes(plan: RoundPlan, seeds: int = 1) -> int:
+    """Return the bytes of the arrays that a node receives in a round, in closed form.
+
+    Parameters
+    ----------
+    plan
+        The round's bases; the round before, whose coefficients come along, is taken to be alike.
+    seeds
+        Clients of that round if bases are per client, 1 if they are shared.
+    """
+    return 2 * packed_nbytes(plan.bases_per_block) + 4 * seeds * plan.num_coefficients
+
+
 @dataclass(frozen=True, eq=False)
 class Ledger:
     """A header and the entries of rounds 1, 2, ... in order.

@@ -34,6 +34,7 @@ CONFIG = parse(
         "train.gradient-accumulation": 1,
         "train.seq-length": 128,
         "ferret.coefficients": 64,
+        "ferret.blocks": 32,
         "ferret.warmup-rate": 1.0,
     }
 )
@@ -108,7 +109,7 @@ def test_info(capsys):
 
 
 def test_plan(capsys):
-    out = call(capsys, "plan", "--model", "builtin:tiny", "-k", "64")
+    out = call(capsys, "plan", "--model", "builtin:tiny", "-k", "64", "--blocks", "32")
     assert "110,400 trainable parameters in 20 tensors" in row(out, "model")
     assert "K = 64 (rademacher)" in row(out, "coefficients")
     assert "L = 32 of 3,456 parameters" in row(out, "blocks")
@@ -127,11 +128,12 @@ def _cosines(out):
 
 
 def test_plan_with_the_energies_of_a_run(capsys, ledger):
-    out = call(capsys, "plan", "--model", "builtin:tiny", "-k", "64", "--ledger", ledger)
+    arguments = ["plan", "--model", "builtin:tiny", "-k", "64", "--blocks", "32"]
+    out = call(capsys, *arguments, "--ledger", ledger)
     assert f"the ledger '{ledger}'" in out
     first, later = _cosines(out)
     assert 0 < first < later < 1
-    without = call(capsys, "plan", "--model", "builtin:tiny", "-k", "64")
+    without = call(capsys, *arguments)
     assert _cosines(without) != (first, later)
 
 
@@ -175,9 +177,9 @@ def test_plan_refuses_a_ledger_of_another_model(capsys, tmp_path):
 def test_plan_refuses_a_ledger_with_other_blocks(capsys, tmp_path, trained, ledger):
     arguments = ["plan", "--model", "builtin:tiny", "--ledger"]
     line = error_of(capsys, *arguments, ledger, "-k", "128")
-    assert f"'{ledger}' says nothing about 62 blocks, it has 32;" in line
+    assert f"'{ledger}' says nothing about 8 blocks, it has 32;" in line
     trained[0].until(0).save(tmp_path / "empty")
-    line = error_of(capsys, *arguments, tmp_path / "empty", "-k", "64")
+    line = error_of(capsys, *arguments, tmp_path / "empty", "-k", "64", "--blocks", "32")
     assert "says nothing about 32 blocks, it has no rounds;" in line
     call(capsys, *arguments, ledger, "-k", "128", "--blocks", "32")
 

@@ -123,9 +123,9 @@ def test_seeds_differ_between_rounds_and_runs():
     assert all(0 <= plan.seed < 2**63 for plan in plans)
 
 
-def test_half_as_many_blocks_as_coefficients_unless_told():
+def test_a_block_for_sixteen_coefficients_unless_told():
     big = Ledger(Header("layout", 10**6, "base"))
-    assert next_plan(big, FerretConfig(coefficients=400), 0).blocks == Blocks.of(10**6, 200)
+    assert next_plan(big, FerretConfig(coefficients=400), 0).blocks == Blocks.of(10**6, 25)
     assert next_plan(big, FerretConfig(coefficients=400, blocks=9), 0).blocks.count == 9
     one = next_plan(big, FerretConfig(coefficients=1), 0)
     assert (one.blocks.count, one.num_coefficients) == (1, 1)

@@ -161,20 +161,6 @@ def node_seed(plan: RoundPlan, bases: str, partition_id: int) -> int:
     return plan.seed if bases == "shared" else derive_seed(plan.seed, partition_id)
 
 
-def payload_nbytes(plan: RoundPlan, seeds: int = 1) -> int:
-    """Return the bytes of one round's arrays to a node that missed one round of such a plan.
-
-    Parameters
-    ----------
-    plan
-        The round's bases; the missed round is taken to have as many.
-    seeds
-        Clients of the missed round if bases are per client, 1 if they are shared.
-    """
-    counts = pack_counts(plan.bases_per_block).nbytes
-    return 2 * counts + 4 * seeds * plan.num_coefficients
-
-
 def message_nbytes(parameters: Parameters, scalars: Mapping[str, Scalar]) -> int:
     """Return the size of a request or a reply as Flower serialises it.
 

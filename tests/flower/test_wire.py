@@ -11,7 +11,7 @@ from flwr.compat.common.recorddict_compat import fitins_to_recorddict
 
 from ferret_flwr.config import Config
 from ferret_flwr.flower import wire
-from ferret_flwr.ledger import Ledger
+from ferret_flwr.ledger import Ledger, payload_nbytes
 from tests.flower.conftest import Federation
 from tests.flower.test_rounds_match import plain_loop
 
@@ -36,7 +36,7 @@ def test_arrays_weigh_what_the_closed_form_says(ledger: Ledger) -> None:
     last = ledger.entries[-1]
     parameters, _ = wire.encode(wire.Request.of(ledger, 1, last.plan))
     arrays = parameters_to_ndarrays(parameters)
-    assert sum(array.nbytes for array in arrays) == wire.payload_nbytes(last.plan)
+    assert sum(array.nbytes for array in arrays) == payload_nbytes(last.plan)
 
 
 @pytest.mark.parametrize("missed", [0, 1, 2])
