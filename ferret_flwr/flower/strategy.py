@@ -13,7 +13,6 @@ from flwr.common import (
     EvaluateIns,
     EvaluateRes,
     FitIns,
-    FitRes,
     GetPropertiesIns,
     Parameters,
     Scalar,
@@ -28,7 +27,8 @@ from flwr.server.strategy import FedAvg, Strategy
 from ferret_flwr.config import ConfigError, FerretConfig
 from ferret_flwr.flower import wire
 from ferret_flwr.flower.nodes import by_partition, node_name
-from ferret_flwr.ledger import Entry, Header, Ledger, LedgerError
+from ferret_flwr.flower.replies import FitResult, cached_rounds, check_reply, publish_rows
+from ferret_flwr.ledger import Header, Ledger, LedgerError
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 from ferret_flwr.replica import Replica
 from ferret_flwr.rounds import next_plan, publish, server_rate
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 Metrics = dict[str, Scalar]
 Evaluate = Callable[[int, Replica], tuple[float, Metrics] | None]
-FitResult = tuple[ClientProxy, FitRes]
 
 WAIT_SECONDS = 86_400  # for the first node, as Flower itself waits
 HEADER_SECONDS = 600.0  # to load a base model and fingerprint it
@@ -146,6 +145,8 @@ class Ferret(Strategy):
         for failure in failures:
             reason = failure if isinstance(failure, BaseException) else failure[1].status.message
             log.warning("a node failed: %s", reason)
+        for node in self._configs.keys() - {client.cid for client, _ in results}:
+            log.warning("node %s did not take part in round %d", node, self.plan.round)
         rate = server_rate(self.config, self.plan, self._ledger(), self.num_rounds)
         accepted = self._accept(self._ask_again(results, server_round), rate)
         if not accepted:
@@ -159,7 +160,7 @@ class Ferret(Strategy):
             return None, metrics
         try:
             if self.config.bases == "per-client":
-                entry = _publish_rows(self.plan, accepted, rate)
+                entry = publish_rows(self.plan, accepted, rate)
             else:
                 entry = publish(self.plan, parameters_to_ndarrays(aggregate)[0], rate)
         except PlanError as error:
@@ -203,7 +204,7 @@ class Ferret(Strategy):
             if error := reply.metrics.get("error"):
                 self._refuse(client, reply.metrics, str(error))
             else:
-                self._reached[client.cid] = _cached(reply.metrics, len(self._ledger()))
+                self._reached[client.cid] = cached_rounds(reply.metrics, len(self._ledger()))
                 usable.append((client, reply))
         return self.strategy.aggregate_evaluate(
             server_round=server_round, results=usable, failures=failures
@@ -243,6 +244,10 @@ class Ferret(Strategy):
         )
         for failure in failures:
             log.warning("a node failed when it was asked again: %s", failure)
+        answered = {client.cid for client, _ in again}
+        for client, name in stale.items():
+            if client.cid not in answered:
+                self.refused[name] = "it did not answer when it was sent the whole ledger"
         return [result for result in results if result[0] not in stale] + again
 
     def _refuse(self, client: ClientProxy, metrics: Metrics, reason: str) -> None:
@@ -259,9 +264,9 @@ class Ferret(Strategy):
         usable = []
         for client, reply in sorted(results, key=by_partition):
             try:
-                _check_reply(reply, plan, self.config.bases, rate)
+                check_reply(reply, plan, self.config.bases, rate)
                 usable.append((client, reply))
-            except (ValueError, PlanError) as error:
+            except Exception as error:  # a stranger may send anything
                 self._refuse(client, reply.metrics, str(error))
         expected = ledger.fingerprint or self._vote(usable)
         if expected and not ledger.fingerprint:
@@ -269,7 +274,7 @@ class Ferret(Strategy):
         accepted = []
         for client, reply in usable:
             if reply.metrics["fingerprint"] == expected:
-                self._reached[client.cid] = _cached(reply.metrics, len(ledger))
+                self._reached[client.cid] = cached_rounds(reply.metrics, len(ledger))
                 accepted.append((client, reply))
             else:
                 self._refuse(
@@ -298,47 +303,6 @@ class Ferret(Strategy):
                 self.ledger_path,
                 error.strerror,
             )
-
-
-def _cached(metrics: Metrics, most: int) -> int:
-    """Return how many rounds the node says it keeps on its disk."""
-    cached = metrics.get("cached", 0)
-    return cached if isinstance(cached, int) and 0 <= cached <= most else 0
-
-
-def _check_reply(reply: FitRes, plan: RoundPlan, bases: str, rate: float) -> None:
-    """Raise `ValueError` saying why ``reply`` cannot be used."""
-    if error := reply.metrics.get("error"):
-        raise ValueError(str(error))
-    kinds = {"round": int, "seed": int, "partition-id": int, "fingerprint": str}
-    for key, kind in kinds.items():
-        if not isinstance(reply.metrics.get(key), kind):
-            raise ValueError(f"its reply has no '{key}': it must use FerretClient")
-    if reply.metrics["round"] != plan.round:
-        raise ValueError(f"it replied to round {reply.metrics['round']!r}, this is {plan.round}")
-    if not 0 <= int(reply.metrics["partition-id"]) < 2**63:
-        raise ValueError(f"it calls itself partition {reply.metrics['partition-id']!r}")
-    seed = wire.node_seed(plan, bases, int(reply.metrics["partition-id"]))
-    if reply.metrics["seed"] != seed:
-        raise ValueError(f"it used the seed {reply.metrics['seed']!r}, the round's is {seed}")
-    if reply.num_examples < 1:
-        raise ValueError(f"it reports {reply.num_examples} examples")
-    arrays = parameters_to_ndarrays(reply.parameters)
-    if len(arrays) != 1 or arrays[0].dtype != np.float32:
-        raise ValueError(f"expected one float32 array, got {[str(a.dtype) for a in arrays]}")
-    plan.check_coefficients(arrays[0], owner="its reply")
-    try:
-        publish(plan, arrays[0], rate)
-    except PlanError as overflow:
-        raise ValueError("its coefficients are too large for float32 when scaled") from overflow
-
-
-def _publish_rows(plan: RoundPlan, accepted: list[FitResult], rate: float) -> Entry:
-    """Publish each client's coefficients on its own bases, weighted as FedAvg would."""
-    weights = np.array([reply.num_examples for _, reply in accepted], dtype=np.float64)
-    rows = np.stack([parameters_to_ndarrays(reply.parameters)[0] for _, reply in accepted])
-    seeds = [int(reply.metrics["seed"]) for _, reply in accepted]
-    return publish(plan, rows * (weights / weights.sum())[:, None], rate, seeds)
 
 
 def _ask_for_header(client_manager: ClientManager, least: int) -> Header:

@@ -83,6 +83,14 @@ def drop_arrays(reply: FitRes) -> None:
     reply.parameters = Parameters([], "numpy.ndarray")
 
 
+def garbage(reply: FitRes) -> None:
+    reply.parameters = Parameters([b"\x93NUMPY"], "numpy.ndarray")
+
+
+def nothing(reply: FitRes) -> None:
+    reply.parameters = Parameters([b""], "numpy.ndarray")
+
+
 def no_examples(reply: FitRes) -> None:
     reply.num_examples = 0
 
@@ -103,6 +111,8 @@ def no_round(reply: FitRes) -> None:
         (no_round, "has no 'round'"),
         (set_metric("fingerprint", "0" * 16), "stale or has diverged"),
         (no_examples, "0 examples"),
+        (garbage, ""),
+        (nothing, "No data left in file"),
         (set_metric("seed", 5), "it used the seed 5"),
         (set_metric("partition-id", -1), "it calls itself partition -1"),
         (set_metric("train/loss", "low"), None),
