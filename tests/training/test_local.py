@@ -17,7 +17,12 @@ from ferret_flwr.training.models import load_model
 from ferret_flwr.training.stream import example_stream
 
 CONFIG = TrainConfig(
-    learning_rate=0.1, steps=3, batch_size=2, gradient_accumulation=2, seq_length=64
+    max_grad_norm=0.0,
+    learning_rate=0.1,
+    steps=3,
+    batch_size=2,
+    gradient_accumulation=2,
+    seq_length=64,
 )
 
 

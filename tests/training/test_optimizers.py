@@ -43,7 +43,8 @@ def test_every_schedule_of_the_config_is_there():
 
 def test_arguments_are_parsed():
     parameter = torch.nn.Parameter(torch.zeros(2))
-    config = TrainConfig(optimizer="SGD", optimizer_args="momentum=0.9 nesterov=True")
+    args = "momentum=0.9 nesterov=True"
+    config = TrainConfig(optimizer="SGD", optimizer_args=args, learning_rate=0.01)
     group = make_optimizer([parameter], config).param_groups[0]
     assert (group["momentum"], group["nesterov"], group["lr"]) == (0.9, True, 0.01)
     config = TrainConfig(optimizer="AdamW", optimizer_args="betas=(0.5,0.6)")
