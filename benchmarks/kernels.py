@@ -78,9 +78,6 @@ def authors_sample(elements: int) -> Callable[[], None]:
     A basis is a truncated-normal vector of a block of d/194 elements, made by torch from its own
     seed as erf⁻¹ of a uniform: once to be multiplied with Δ, once more to be added up. (That is
     ``trunc_normal_`` of the authors' torch; today's rejects samples instead, which is slower.)
-
-    It runs on one thread, and `time_rounds` credits it with perfect scaling to all: at this size
-    torch's threads cost more than they save on a busy machine.
     """
     size = elements // AUTHORS_BLOCKS
     delta, update, bound = torch.ones(size), torch.zeros(size), size**-0.5
@@ -92,12 +89,9 @@ def authors_sample(elements: int) -> Callable[[], None]:
         return uniform.erfinv_().mul_(math.sqrt(2)).clamp_(-bound, bound)
 
     def work() -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         for k in range(AUTHORS_SAMPLE):
             gamma = torch.sum(delta * basis(k))
             update.add_(basis(k).mul_(gamma))
-        torch.set_num_threads(threads)
 
     return work
 
@@ -119,7 +113,7 @@ def time_rounds(elements: int, plan: RoundPlan) -> dict[str, np.ndarray]:
         {name: seconds(work) for name, work in turns.items()} for _ in range(WARM_UPS + ROUNDS)
     ]
     taken = {name: np.array([r[name] for r in rounds[WARM_UPS:]]) for name in turns}
-    taken["authors"] *= plan.num_coefficients / AUTHORS_SAMPLE / torch.get_num_threads()
+    taken["authors"] *= plan.num_coefficients / AUTHORS_SAMPLE
     return taken
 
 
@@ -142,8 +136,7 @@ def measure(elements: int) -> dict[str, Any]:
         "reconstruct_over_copy": float(np.median(taken["reconstruct"] / taken["copy"])),
         "authors_over_ours": float(np.median(taken["authors"] / ours)),
         **{f"{name}_seconds": float(np.median(values)) for name, values in taken.items()},
-        "authors_how": f"L = {AUTHORS_BLOCKS}, scaled up from {AUTHORS_SAMPLE} of {bases} bases "
-        "on one thread, as if all threads scaled perfectly",
+        "authors_how": f"L = {AUTHORS_BLOCKS}, scaled up from {AUTHORS_SAMPLE} of {bases} bases",
         "elements": elements,
         "bases": bases,
         "rounds": ROUNDS,
