@@ -281,13 +281,14 @@ class Ledger:
 
     @classmethod
     def load(cls, path: Path) -> Ledger:
-        """Read and verify the ledger at ``path``.
+        """Read and verify the ledger at ``path``, a file or the results folder that holds it.
 
         Raises
         ------
         LedgerError
             If the file is not there or not valid.
         """
+        path = path / "ledger.safetensors" if path.is_dir() else path
         try:
             content = path.read_bytes()
         except OSError as error:

@@ -56,10 +56,8 @@ def line(row: Row, fedavg_nbytes: int) -> str:
         parts.append(f"Rouge-L {row['eval/rougeL']:.1f}")
     if "comm/uplink_bytes_per_node" in row:
         up, down = row["comm/uplink_bytes_per_node"], row["comm/downlink_bytes_per_node"]
-        parts.append(
-            f"a node sent {nbytes_text(up)}, received {nbytes_text(down)} "
-            f"(FedAvg {nbytes_text(fedavg_nbytes)} each)"
-        )
+        beside = f" (FedAvg {nbytes_text(fedavg_nbytes)} each)" if up < fedavg_nbytes else ""
+        parts.append(f"a node sent {nbytes_text(up)}, received {nbytes_text(down)}{beside}")
     for key, text in (
         ("time/local_s", "train"),
         ("time/project_s", "project"),

@@ -185,7 +185,10 @@ def _worker(config: Config) -> Worker:
 
     check_optimizer(config.train)
     worker = Worker(config.model, follows=False)
-    worker.split(config.dataset, config.seed)
+    split = worker.split(config.dataset, config.seed)
+    log.info(
+        "%d examples to divide among the nodes, %d held out", len(split.train), len(split.test)
+    )
     return worker
 
 

@@ -112,8 +112,10 @@ def _load_pretrained(config: ModelConfig, dtype: torch.dtype) -> LanguageModel:
             source, config=settings, dtype=dtype, output_loading_info=True, **options, **gguf
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(_not_found(config, reason[0])) from error
+        first, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        here = Path(config.name).expanduser().absolute()
+        reason = first if here.exists() else f"there is no {here}, and as a Hub id: {first}"
+        raise ModelError(_not_found(config, reason.rstrip("."))) from error
     if report["missing_keys"]:
         raise ModelError(
             f"'model.name' = {config.name!r} lacks the weights {sorted(report['missing_keys'])}: "
