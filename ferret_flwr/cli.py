@@ -20,7 +20,7 @@ from ferret_flwr.projection.layout import Blocks, Layout, LayoutError
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 from ferret_flwr.replica import Replica, ReplicaError
 from ferret_flwr.report import environment, nbytes_text
-from ferret_flwr.rounds import block_energies
+from ferret_flwr.rounds import bases_per_block, block_energies
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -171,8 +171,7 @@ def _plan(options: argparse.Namespace) -> None:
     else:
         energies = gradient_energies(lm, layout, blocks)
         source = "one gradient of this model"
-    cap = config.max_per_block if config.allocation == "energy" else None
-    counts = allocate(config.allocation, energies, blocks, config.coefficients, cap)
+    counts = bases_per_block(energies, blocks, config)
     first = allocate("uniform", energies, blocks, config.coefficients)
     up = 4 * config.coefficients
     down = payload_nbytes(RoundPlan(2, 0, config.family, blocks, counts))
@@ -236,8 +235,8 @@ def _ledger_show(options: argparse.Namespace) -> None:
         )
 
 
-def _replay(options: argparse.Namespace) -> tuple[object, Replica]:
-    """Return the base model and a replica of it at the ledger's end."""
+def _replay(options: argparse.Namespace) -> tuple[object, Replica, Ledger]:
+    """Return the base model, a replica of it at the ledger's end, and the ledger."""
     from ferret_flwr.training.models import load_model, trainable_parameters
     from ferret_flwr.training.tensors import masters_of
 
@@ -249,13 +248,13 @@ def _replay(options: argparse.Namespace) -> tuple[object, Replica]:
     for round in range(1, len(ledger) + 1):
         replica.follow(ledger.until(round))
         print(f"round {round}: {replica.fingerprint}")
-    return lm, replica
+    return lm, replica, ledger
 
 
 def _ledger_verify(options: argparse.Namespace) -> None:
-    _, replica = _replay(options)
-    known = sum(bool(entry.fingerprint) for entry in Ledger.load(options.file).entries)
-    print(f"verified: {replica.round} rounds, {known} of them with a fingerprint to compare")
+    _, _, ledger = _replay(options)
+    known = sum(bool(entry.fingerprint) for entry in ledger.entries)
+    print(f"verified: {len(ledger)} rounds, {known} of them with a fingerprint to compare")
 
 
 def _ledger_apply(options: argparse.Namespace) -> None:
@@ -264,7 +263,7 @@ def _ledger_apply(options: argparse.Namespace) -> None:
 
     if options.output.exists():
         raise FileExistsError(f"'{options.output}' exists already; name another --output")
-    lm, replica = _replay(options)
+    lm, replica, _ = _replay(options)
     load_masters(trainable_parameters(lm.model), replica.arrays)  # type: ignore[attr-defined]
     save_model(lm, options.output)  # type: ignore[arg-type]
     print(f"written to {options.output}")

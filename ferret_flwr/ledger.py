@@ -115,15 +115,9 @@ class Entry:
 
     def pack(self) -> tuple[dict[str, Any], list[np.ndarray]]:
         """Return the entry, but for its fingerprint, as JSON values and two arrays."""
-        meta = {
-            "round": self.plan.round,
-            "seed": self.plan.seed,
-            "family": self.plan.family,
-            "block-size": self.plan.blocks.block_size,
-            "seeds": list(self.seeds),
-            "rate": self.rate,
-        }
-        return meta, [pack_counts(self.plan.bases_per_block), self.coefficients]
+        meta, counts = pack_plan(self.plan)
+        meta |= {"seeds": list(self.seeds), "rate": self.rate}
+        return meta, [counts, self.coefficients]
 
     @classmethod
     def unpack(cls, meta: dict[str, Any], arrays: Sequence[np.ndarray], size: int) -> Entry:
@@ -136,6 +130,17 @@ class Entry:
     def nbytes(self) -> int:
         """Return the size of the two arrays of `pack`, in closed form."""
         return packed_nbytes(self.plan.bases_per_block) + 4 * self.coefficients.size
+
+
+def pack_plan(plan: RoundPlan) -> tuple[dict[str, Any], np.ndarray]:
+    """Return a plan as JSON values and its packed bases per block."""
+    meta = {
+        "round": plan.round,
+        "seed": plan.seed,
+        "family": plan.family,
+        "block-size": plan.blocks.block_size,
+    }
+    return meta, pack_counts(plan.bases_per_block)
 
 
 def unpack_plan(meta: dict[str, Any], counts: np.ndarray, size: int) -> RoundPlan:

@@ -98,13 +98,8 @@ def write_results(folder: Path, config: Config, rows: Sequence[Row], fedavg_nbyt
     write_atomic(folder / "results.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
-def plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw the loss against rounds and against the bytes of all nodes, both ways."""
-    plot_runs({title: rows}, path)
-
-
 def plot_runs(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Draw several runs in one picture, one colour a run.
+    """Draw the loss against rounds and against the bytes of all nodes, one colour a run.
 
     Parameters
     ----------

@@ -42,11 +42,15 @@ def next_plan(ledger: Ledger, config: FerretConfig, seed: int) -> RoundPlan:
             f"'ferret.coefficients' must be at least the number of blocks = {blocks.count}, "
             f"got {config.coefficients}"
         )
-    energies = block_energies(ledger, blocks, config)
-    cap = config.max_per_block if config.allocation == "energy" else None
-    counts = allocate(config.allocation, energies, blocks, config.coefficients, cap)
+    counts = bases_per_block(block_energies(ledger, blocks, config), blocks, config)
     number = len(ledger) + 1
     return RoundPlan(number, derive_seed(seed, number), config.family, blocks, counts)
+
+
+def bases_per_block(energies: np.ndarray, blocks: Blocks, config: FerretConfig) -> np.ndarray:
+    """Return K_l for blocks with ``energies``, see `allocate`; only `energy` is capped."""
+    cap = config.max_per_block if config.allocation == "energy" else None
+    return allocate(config.allocation, energies, blocks, config.coefficients, cap)
 
 
 def block_energies(ledger: Ledger, blocks: Blocks, config: FerretConfig) -> np.ndarray:

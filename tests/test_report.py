@@ -15,7 +15,6 @@ from ferret_flwr.report import (
     environment,
     line,
     nbytes_text,
-    plot,
     plot_runs,
     write_config,
     write_results,
@@ -126,8 +125,8 @@ def picture(path):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("loss", ["eval/loss", "train/loss"])
 def test_a_plot_with_and_without_evaluation(tmp_path, loss):
-    plot(rows(5, loss), tmp_path / "five.png", "ferret")
-    plot(rows(2, loss), tmp_path / "two.png", "ferret")
+    plot_runs({"ferret": rows(5, loss)}, tmp_path / "five.png")
+    plot_runs({"ferret": rows(2, loss)}, tmp_path / "two.png")
     five, two = picture(tmp_path / "five.png"), picture(tmp_path / "two.png")
     assert five.shape == two.shape
     assert not np.array_equal(five, two)
@@ -144,8 +143,8 @@ def test_several_runs_in_one_plot(tmp_path):
 @pytest.mark.parametrize("direction", ["comm/uplink_bytes", "comm/downlink_bytes"])
 def test_a_plot_counts_the_bytes_of_both_directions(tmp_path, direction):
     more = [row | {direction: 30_000} for row in rows(5)]
-    plot(rows(5), tmp_path / "few.png", "ferret")
-    plot(more, tmp_path / "more.png", "ferret")
+    plot_runs({"ferret": rows(5)}, tmp_path / "few.png")
+    plot_runs({"ferret": more}, tmp_path / "more.png")
     assert not np.array_equal(picture(tmp_path / "few.png"), picture(tmp_path / "more.png"))
 
 
@@ -171,5 +170,5 @@ def test_a_plot_says_which_loss_it_shows(tmp_path):
     ids=["no rows", "no loss", "no bytes", "NaN"],
 )
 def test_a_plot_of_nearly_nothing(tmp_path, made):
-    plot(made, tmp_path / "empty.png", "ferret")
+    plot_runs({"ferret": made}, tmp_path / "empty.png")
     assert picture(tmp_path / "empty.png").shape == (480, 1200, 4)

@@ -131,10 +131,10 @@ class Run:
         from ferret_flwr.training.tensors import load_masters
         from ferret_flwr.training.worker import score
 
-        load_masters(self.worker.parameters, arrays)
         last = round == self.config.num_server_rounds
         if round % self.config.evaluate.every and not last:
             return None
+        load_masters(self.worker.parameters, arrays)
         held_out = self.worker.split(self.config.dataset, self.config.seed).test
         metrics = score(self.worker.lm, held_out, self.config)
         loss = metrics.pop("loss")

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
@@ -104,41 +103,26 @@ class FerretClient(NumPyClient):
 
     def get_properties(self, config: Metrics) -> Metrics:
         """Say which base model this node has."""
-        return self._guarded(self._properties)
+        try:
+            return asdict(self.replica(0).header) | {"partition-id": self.partition_id}
+        except Exception as error:
+            return failure(error, self.partition_id)
 
     def fit(self, parameters: NDArrays, config: Metrics) -> tuple[NDArrays, int, Metrics]:
         """Train one round; answer with γ, or with an ``error`` that the server will name."""
-        answer: dict[str, Any] = {"arrays": [], "examples": 0}
-
-        def step() -> Metrics:
-            answer["arrays"], answer["examples"], metrics = self._fit(parameters, config)
-            return metrics
-
-        metrics = self._guarded(step)
-        return answer["arrays"], answer["examples"], metrics
+        try:
+            arrays, examples, metrics = self._fit(parameters, config)
+        except Exception as error:
+            return [], 0, failure(error, self.partition_id)
+        return arrays, examples, metrics | {"partition-id": self.partition_id}
 
     def evaluate(self, parameters: NDArrays, config: Metrics) -> tuple[float, int, Metrics]:
         """Evaluate the current model on this node's data."""
-        answer: dict[str, Any] = {"loss": 0.0, "examples": 0}
-
-        def step() -> Metrics:
-            answer["loss"], answer["examples"], metrics = self._evaluate(parameters, config)
-            return metrics
-
-        metrics = self._guarded(step)
-        return answer["loss"], answer["examples"], metrics
-
-    def _guarded(self, step: Callable[[], Metrics]) -> Metrics:
-        """Turn any failure into an answer: a raised error would reach the server without a name."""
         try:
-            return step() | {"partition-id": self.partition_id}
+            loss, examples, metrics = self._evaluate(parameters, config)
         except Exception as error:
-            log.exception("partition %d failed", self.partition_id)
-            return failure(error, self.partition_id)
-
-    def _properties(self) -> Metrics:
-        header = self.replica(0).header
-        return asdict(header)
+            return 0.0, 0, failure(error, self.partition_id)
+        return loss, examples, metrics | {"partition-id": self.partition_id}
 
     def _fit(self, parameters: NDArrays, config: Metrics) -> tuple[NDArrays, int, Metrics]:
         start = time.perf_counter()
@@ -233,14 +217,17 @@ class LateClient(NumPyClient):
         try:
             return self.build()
         except Exception as error:
-            log.exception("partition %d cannot start", self.partition_id)
             if not self.answers_errors:
                 raise
             return failure(error, self.partition_id)
 
 
 def failure(error: Exception, partition_id: int) -> Metrics:
-    """Return the answer that names ``error``."""
+    """Log ``error``, which is being handled, and return the answer that names it.
+
+    A raised error would reach the server without the node's name.
+    """
+    log.exception("partition %d failed", partition_id)
     text = f"{type(error).__name__}: {error}"
     stale = isinstance(error, StaleCacheError)
     return {"error": text, "stale": stale, "partition-id": partition_id}

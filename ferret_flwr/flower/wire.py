@@ -17,9 +17,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common import Parameters, Scalar, ndarrays_to_parameters
 from flwr.common.serde import recorddict_to_proto
 
-from ferret_flwr.ledger import Entry, Header, Ledger, unpack_plan
+from ferret_flwr.ledger import Entry, Header, Ledger, pack_plan, unpack_plan
 from ferret_flwr.projection.kernels.philox import derive_seed
-from ferret_flwr.projection.packing import pack_counts
 from ferret_flwr.projection.plan import RoundPlan
 
 KEY = "ferret"
@@ -79,19 +78,14 @@ class Request:
 
 def encode(request: Request) -> tuple[Parameters, dict[str, Scalar]]:
     """Return the arrays and the config entry of a request."""
-    arrays, metas = [], []
+    arrays, metas, plan = [], [], None
     if request.plan is not None:
-        arrays.append(pack_counts(request.plan.bases_per_block))
+        plan, counts = pack_plan(request.plan)
+        arrays.append(counts)
     for entry in request.entries:
         meta, pair = entry.pack()
         metas.append(meta | {"fingerprint": entry.fingerprint})
         arrays.extend(pair)
-    plan = request.plan and {
-        "round": request.plan.round,
-        "seed": request.plan.seed,
-        "family": request.plan.family,
-        "block-size": request.plan.blocks.block_size,
-    }
     text = json.dumps(
         {
             "protocol": PROTOCOL,
