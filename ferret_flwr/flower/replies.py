@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from flwr.common import EvaluateRes, FitRes, Scalar, parameters_to_ndarrays
@@ -52,10 +52,11 @@ def check_reply(reply: FitRes, plan: RoundPlan, bases: str, rate: float) -> None
         raise ValueError("its coefficients are too large for float32 when scaled") from overflow
 
 
-def estimated_norm(reply: FitRes, plan: RoundPlan) -> float:
-    """Return an estimate of ‖Δ‖ from γ alone: E Σ γ² / (ρ K_l) = ‖Δ‖²."""
-    (projected,) = parameters_to_ndarrays(reply.parameters)
-    return math.sqrt((projected.astype(np.float64) ** 2 * plan.unbiased_scale()).sum())
+def estimated_norms(replies: Iterable[FitRes], plan: RoundPlan) -> list[float]:
+    """Return an estimate of each ‖Δ‖ from its γ alone: E Σ γ² / (ρ K_l) = ‖Δ‖²."""
+    scale = plan.unbiased_scale()
+    projected = (parameters_to_ndarrays(reply.parameters)[0] for reply in replies)
+    return [math.sqrt(np.square(array, dtype=np.float64) @ scale) for array in projected]
 
 
 def last_norm(ledger: Ledger) -> float:

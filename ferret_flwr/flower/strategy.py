@@ -35,7 +35,7 @@ from ferret_flwr.flower.replies import (
     cached_rounds,
     check_evaluation,
     check_reply,
-    estimated_norm,
+    estimated_norms,
     last_norm,
     publish_rows,
 )
@@ -321,7 +321,7 @@ class Ferret(Strategy):
         """Return the replies that are not far longer than the others and the round before."""
         assert self.plan is not None
         ratio = self.config.max_norm_ratio
-        norms = [estimated_norm(reply, self.plan) for _, reply in results]
+        norms = estimated_norms((reply for _, reply in results), self.plan)
         several = [n for n in norms if n] if len(norms) > 1 else []  # one is no measure of itself
         usual = max(median_low(several or [0.0]), last_norm(self._ledger()))
         kept = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -14,7 +13,7 @@ from ferret_flwr.methods.zeroth_order import Walk, learning_rates, step_along
 from ferret_flwr.projection.kernels.philox import derive_seed
 from ferret_flwr.training.randomness import uniform
 from ferret_flwr.training.tensors import load_masters
-from ferret_flwr.training.worker import PROGRESS_SECONDS, Node, Worker
+from ferret_flwr.training.worker import Node, Progress, Worker
 
 log = logging.getLogger(__name__)
 
@@ -165,10 +164,9 @@ def rebuild(worker: Worker, seed: int, coefficients: bytes) -> Arrays:
     """
     c = np.frombuffer(coefficients, dtype=np.float32)
     masters = list(worker.follower.base())
-    used, last = np.flatnonzero(c), time.monotonic()
+    used, progress = np.flatnonzero(c), Progress()
     for done, k in enumerate(used):
-        if time.monotonic() - last > PROGRESS_SECONDS:
-            last = time.monotonic()
+        if progress.due():
             log.info("rebuilding the model: %d of %d seeds", done, len(used))
         step_along(masters, worker.layout, derive_seed(seed, int(k)), float(c[k]))
     return masters

@@ -67,7 +67,6 @@ class FetchSGD(Method):
 
     def local_round(self, state: Arrays, node: Node, round: int) -> tuple[Arrays, float]:
         """Sketch the gradient at ``state``, of norm `train.max-grad-norm` at most."""
-        self.load(state)
         train, model = self.config.train, self.worker.lm.model
         drawn = [tokens for batch, _ in node.batches(round) for tokens in batch]
         check_seq_length(model, train)

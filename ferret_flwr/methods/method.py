@@ -20,6 +20,7 @@ from ferret_flwr.projection.projection import as_float32
 from ferret_flwr.training.worker import Node, Worker
 
 Arrays = list[np.ndarray]
+Kind = tuple[np.dtype, tuple[int, ...]]  # dtype and shape of an array
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,12 @@ class Method(ABC):
 
     @abstractmethod
     def local_round(self, state: Arrays, node: Node, round: int) -> tuple[Arrays, float]:
-        """Train one round from ``state``; return what to send, and the mean training loss (node).
+        """Train one round from ``state``, which is loaded (node).
+
+        Returns
+        -------
+        tuple
+            What to send, and the mean training loss.
 
         Raises
         ------
@@ -124,16 +130,16 @@ def check_finite(arrays: Sequence[np.ndarray], owner: str) -> None:
         raise FloatingPointError(f"{owner} is not finite")
 
 
-def check_arrays(reply: Reply, like: Sequence[np.ndarray]) -> None:
-    """Raise unless a reply's arrays are finite, with the shapes and dtypes of ``like``."""
+def check_arrays(reply: Reply, kinds: Sequence[Kind]) -> None:
+    """Raise unless a reply's arrays are finite, of these ``kinds``."""
     owner = f"the reply of partition {reply.partition_id}"
-    if len(reply.arrays) != len(like):
-        raise ValueError(f"{owner} has {len(reply.arrays)} arrays, expected {len(like)}")
-    for number, (array, expected) in enumerate(zip(reply.arrays, like, strict=True)):
-        if (array.shape, array.dtype) != (expected.shape, expected.dtype):
+    if len(reply.arrays) != len(kinds):
+        raise ValueError(f"{owner} has {len(reply.arrays)} arrays, expected {len(kinds)}")
+    for number, (array, (dtype, shape)) in enumerate(zip(reply.arrays, kinds, strict=True)):
+        if (array.dtype, array.shape) != (dtype, shape):
             raise ValueError(
                 f"{owner} has {array.dtype} {array.shape} as array {number}, expected "
-                f"{expected.dtype} {expected.shape}"
+                f"{dtype} {shape}"
             )
     check_finite([as_float32(array) for array in reply.arrays], owner)
 

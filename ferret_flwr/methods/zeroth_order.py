@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,7 +26,7 @@ from ferret_flwr.training.data import Tokens
 from ferret_flwr.training.local import batch_loss
 from ferret_flwr.training.optimizers import learning_rate
 from ferret_flwr.training.tensors import as_arrays, load_masters
-from ferret_flwr.training.worker import PROGRESS_SECONDS, Node
+from ferret_flwr.training.worker import Node, Progress
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +74,10 @@ class Walk:
 
     def steps(self) -> Iterator[tuple[int, float, list[Tokens]]]:
         """Yield number from 0, learning rate and batch of each step, showing how far it is."""
-        config, last = self.node.config, time.monotonic()
+        config, progress = self.node.config, Progress()
         rates = learning_rates(self.round, config)
         for step, (drawn, _) in enumerate(self.node.batches(self.round)):
-            if time.monotonic() - last > PROGRESS_SECONDS:
-                last = time.monotonic()
+            if progress.due():
                 log.info(
                     "round %d, partition %d: step %d of %d",
                     self.round,

@@ -31,6 +31,21 @@ log = logging.getLogger(__name__)
 PROGRESS_SECONDS = 5.0
 
 
+class Progress:
+    """Says every few seconds that it is time to tell how far a long work is."""
+
+    def __init__(self) -> None:
+        """Start the clock."""
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Return whether it is time, and start the clock again if so."""
+        due = time.monotonic() - self._last > PROGRESS_SECONDS
+        if due:
+            self._last = time.monotonic()
+        return due
+
+
 class Worker:
     """One language model in this process and the canonical parameters behind it.
 
@@ -172,12 +187,10 @@ class Node:
 
     def train(self, round: int) -> LocalResult:
         """Train the worker's model in place for one round, showing how far it is."""
-        last = time.monotonic()
+        progress = Progress()
 
         def show(step: int, steps: int, loss: float) -> None:
-            nonlocal last
-            if time.monotonic() - last > PROGRESS_SECONDS and step < steps:
-                last = time.monotonic()
+            if step < steps and progress.due():
                 log.info(
                     "round %d, partition %d: step %d of %d, loss %.3f",
                     round,
@@ -219,12 +232,10 @@ class Node:
 
 def score(lm: LanguageModel, examples: Examples, config: Config) -> dict[str, float]:
     """Evaluate ``lm`` as ``config`` says, showing how far it is."""
-    last = time.monotonic()
+    progress = Progress()
 
     def show(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > PROGRESS_SECONDS and done < total:
-            last = time.monotonic()
+        if done < total and progress.due():
             log.info("evaluating: %d of %d examples", done, total)
 
     return evaluate(

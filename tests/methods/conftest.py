@@ -1,8 +1,6 @@
 """What all tests of the methods need: one thread, and the process's worker for themselves."""
 
-import numba
 import pytest
-import torch
 
 from ferret_flwr.methods.fedkseed import rebuild
 from ferret_flwr.methods.fetchsgd import sparse_model
@@ -10,14 +8,8 @@ from ferret_flwr.training import worker as workers
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Waking another thread costs more than these small arrays do."""
-    before = numba.get_num_threads(), torch.get_num_threads()
-    numba.set_num_threads(1)
-    torch.set_num_threads(1)
-    yield
-    numba.set_num_threads(before[0])
-    torch.set_num_threads(before[1])
+def _one_thread(one_thread):
+    """Let every test here run in one thread."""
 
 
 @pytest.fixture(autouse=True)

@@ -223,7 +223,9 @@ def flat(arrays):
 def replies_of(state, round):
     found = []
     for node in nodes():
-        arrays, loss = FetchSGD(CONFIG, node.worker).local_round(state, node, round)
+        method = FetchSGD(CONFIG, node.worker)
+        method.load(state)
+        arrays, loss = method.local_round(state, node, round)
         found.append((Reply(arrays, 3 - node.partition_id, node.partition_id), loss))
     return found
 
@@ -373,6 +375,7 @@ def test_a_gradient_that_is_not_finite_is_not_sent():
     node = nodes()[0]
     method = server()
     state = [np.array([5], dtype=np.int32), np.array([np.nan], dtype=np.float32)]
+    method.load(state)
     with pytest.raises(FloatingPointError, match="round 1: .* partition 0 is not finite"):
         method.local_round(state, node, 1)
     assert all(p.grad is None for p in node.worker.parameters.values())

@@ -54,10 +54,15 @@ def setup(name, **changes):
     return server, [(kind(config, node.worker), node) for node in nodes]
 
 
+def answer(client, state, node, round):
+    client.load(state)
+    return client.local_round(state, node, round)
+
+
 def one_round(server, clients):
     """Return the replies of a round, and what the server makes of them."""
     replies = [
-        Reply(client.local_round(server.state(), node, ROUND)[0], weight, node.partition_id)
+        Reply(answer(client, server.state(), node, ROUND)[0], weight, node.partition_id)
         for (client, node), weight in zip(clients, WEIGHTS, strict=True)
     ]
     server.aggregate(ROUND, replies)
@@ -175,9 +180,9 @@ def test_rounds_begin_at_the_state_whoever_trained_last(name):
     server, clients = setup(name, **{"train.steps": 1})
     (client, node), (other, neighbour) = clients
     assert node.worker is neighbour.worker  # as in a process that serves many nodes
-    first, _ = client.local_round(server.state(), node, 1)
-    other.local_round(server.state(), neighbour, 1)
-    again, _ = client.local_round(server.state(), node, 1)
+    first, _ = answer(client, server.state(), node, 1)
+    answer(other, server.state(), neighbour, 1)
+    again, _ = answer(client, server.state(), node, 1)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(first, again, strict=True))
 
 
@@ -185,7 +190,7 @@ def test_a_reply_that_is_not_finite_is_not_sent():
     server, ((client, node), _) = setup("fedit")
     broken = [np.full_like(array, 1e30) for array in server.state()]
     with pytest.raises((FloatingPointError, ValueError), match="not finite|loss is"):
-        client.local_round(broken, node, 1)
+        answer(client, broken, node, 1)
 
 
 # What the methods decide
