@@ -17,23 +17,14 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plan import Plan, read_toml, selected, typed
+from benchmarks.plan import Plan, read_toml, selected, toml_value, typed
 from benchmarks.runner import compare
 from ferret_flwr.config import ConfigError
 from ferret_flwr.training.errors import DataError, ModelError
-
-
-def _value(text: str) -> Any:
-    """Return a value as TOML reads it; what it does not know is text."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def raw_plan(options: argparse.Namespace) -> dict[str, Any]:
@@ -61,7 +52,7 @@ def raw_plan(options: argparse.Namespace) -> dict[str, Any]:
         key, found, value = pair.partition("=")
         if not found:
             raise ConfigError(f"--set needs KEY=VALUE, got {pair!r}")
-        raw["settings"] = {**typed(raw, "settings", dict, {}), key: _value(value)}
+        raw["settings"] = {**typed(raw, "settings", dict, {}), key: toml_value(value)}
     Plan.of(raw)  # what follows relies on it
     everyone = [[name, *search] for search in options.search for name in raw["variants"]]
     for name, *search in everyone + options.search_for:
@@ -69,7 +60,7 @@ def raw_plan(options: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(f"a search for '{name}' needs a key and values, got {search!r}")
         key, *values = search
         table = selected(raw, [name])["variants"][name]
-        together = {**table.get("search", {}), key: [_value(v) for v in values]}
+        together = {**table.get("search", {}), key: [toml_value(v) for v in values]}
         raw["variants"] = {**raw["variants"], name: {**table, "search": together}}
     return raw
 

@@ -25,9 +25,8 @@ import torch
 
 from ferret_flwr.config import Config
 from ferret_flwr.projection import projection
-from ferret_flwr.projection.allocation import allocate
 from ferret_flwr.projection.kernels import reference
-from ferret_flwr.projection.layout import Blocks, Layout
+from ferret_flwr.projection.layout import Blocks, InterleavedBlocks, Layout
 from ferret_flwr.projection.plan import RoundPlan
 from ferret_flwr.training.data import Examples, collate, load_examples, tokenize
 from ferret_flwr.training.local import negative_log_likelihood, train_locally
@@ -112,10 +111,9 @@ class Attack:
 
 
 def uniform_plan(size: int, coefficients: int, seed: int) -> RoundPlan:
-    """Return a round of ``coefficients`` bases, as many for each block."""
-    blocks = Blocks.of(size, replace(CONFIG.ferret, coefficients=coefficients).num_blocks)
-    counts = allocate("uniform", np.ones(blocks.count), blocks, coefficients)
-    return RoundPlan(1, seed, CONFIG.ferret.family, blocks, counts)
+    """Return a round of ``coefficients`` bases, one for each interleaved block."""
+    blocks = InterleavedBlocks.of(size, coefficients)
+    return RoundPlan(1, seed, CONFIG.ferret.family, blocks, np.ones(blocks.count, dtype=np.int64))
 
 
 def without(average: np.ndarray, rows: np.ndarray) -> np.ndarray:

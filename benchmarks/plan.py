@@ -140,6 +140,14 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"'{path}' is not valid TOML: {error}") from None
 
 
+def toml_value(text: str) -> Any:
+    """Return a value as TOML reads it; what it does not know is text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
 def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested tables as dotted keys."""
     flat: dict[str, Any] = {}

@@ -45,11 +45,11 @@ def curves(runs: Runs, path: Path, note: str) -> None:
     note
         Stands below: what the figures depend on.
     """
-    pyplot = _pyplot()
+    plt = pyplot()
     measures = [
         (key, text) for key, text in MEASURES if any(curve(r, key, "round") for r in runs.values())
     ]
-    figure, axes = pyplot.subplots(
+    figure, axes = plt.subplots(
         len(measures),
         len(AGAINST),
         figsize=(15, 4 * len(measures) + 1.2),
@@ -99,9 +99,9 @@ def costs(runs: Runs, path: Path, note: str) -> None:
     runs, path, note
         As in `curves`.
     """
-    pyplot = _pyplot()
+    plt = pyplot()
     numbers = [over_seeds(own) for own in runs.values()]
-    figure, (traffic, memory) = pyplot.subplots(
+    figure, (traffic, memory) = plt.subplots(
         1, 2, figsize=(13, 1.8 + 0.62 * len(runs)), sharey=True
     )
     _bars(traffic, numbers, (("up", "a node sends"), ("down", "a node receives")))
@@ -128,13 +128,14 @@ def _bars(
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Return matplotlib's pyplot, drawing to files."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot
 
-    return pyplot
+    return matplotlib.pyplot
 
 
 def _finish(figure: Any, path: Path, note: str, right: float = 1.0) -> None:
@@ -145,4 +146,4 @@ def _finish(figure: Any, path: Path, note: str, right: float = 1.0) -> None:
     figure.tight_layout(rect=(0, height, right, 1))
     with atomic_file(path) as file:
         figure.savefig(file, dpi=110, format=path.suffix[1:])
-    _pyplot().close(figure)
+    pyplot().close(figure)

@@ -16,11 +16,11 @@ from ferret_flwr.ledger import Ledger, LedgerError, payload_nbytes
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.allocation import ALLOCATIONS, allocate, expected_fidelity
 from ferret_flwr.projection.families import FAMILIES
-from ferret_flwr.projection.layout import Blocks, Layout, LayoutError
+from ferret_flwr.projection.layout import Blocks, InterleavedBlocks, Layout, LayoutError
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 from ferret_flwr.replica import Replica, ReplicaError
 from ferret_flwr.report import environment, nbytes_text
-from ferret_flwr.rounds import bases_per_block, block_energies
+from ferret_flwr.rounds import bases_per_block, block_energies, blocks_for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(plan, "--model")
     default = FerretConfig()
     plan.add_argument("--coefficients", "-k", type=int, default=default.coefficients, metavar="K")
-    plan.add_argument("--blocks", type=int, default=default.blocks, metavar="L", help="0 = K/16")
+    plan.add_argument(
+        "--blocks",
+        type=int,
+        default=default.blocks,
+        metavar="L",
+        help="contiguous blocks; 0 = K interleaved ones",
+    )
     plan.add_argument("--family", choices=list(FAMILIES), default=default.family)
     plan.add_argument("--allocation", choices=list(ALLOCATIONS), default=default.allocation)
     plan.add_argument("--max-per-block", type=int, default=default.max_per_block)
@@ -137,21 +143,24 @@ def _kernel_error() -> str:
     """Return "" if the fast kernel gives the reference's bits here, else what is wrong."""
     from ferret_flwr.projection.kernels import reference
 
-    blocks = Blocks.of(1000, 4)
-    plan = RoundPlan(1, 1, "rademacher", blocks, np.full(blocks.count, 2))
-    coefficients = np.linspace(-1, 1, plan.num_coefficients, dtype=np.float32)
     layout = Layout(("probe",), ((1000,),))
-    array = np.ones(1000, dtype=np.float32)
-    try:
-        projection.subtract([array], layout, plan, coefficients)
-    except Exception as error:  # a compiler can fail in any way
-        return f"{type(error).__name__}: {error}"
-    expected = 1 - reference.reconstruct(coefficients, plan)
-    return "" if array.tobytes() == expected.tobytes() else "differs from the reference"
+    for blocks in (InterleavedBlocks.of(1000, 300), Blocks.of(1000, 4)):
+        bases = np.full(blocks.count, 1 if isinstance(blocks, InterleavedBlocks) else 2)
+        plan = RoundPlan(1, 1, "rademacher", blocks, bases)
+        coefficients = np.linspace(-1, 1, plan.num_coefficients, dtype=np.float32)
+        array = np.ones(1000, dtype=np.float32)
+        try:
+            projection.subtract([array], layout, plan, coefficients)
+        except Exception as error:  # a compiler can fail in any way
+            return f"{type(error).__name__}: {error}"
+        expected = 1 - reference.reconstruct(coefficients, plan)
+        if array.tobytes() != expected.tobytes():
+            return "differs from the reference"
+    return ""
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from ferret_flwr.training.forecast import gradient_energies, kernel_seconds
+    from ferret_flwr.training.forecast import gradient_energies, projection_seconds
     from ferret_flwr.training.models import load_model
     from ferret_flwr.training.tensors import trainable_parameters
 
@@ -165,36 +174,45 @@ def _plan(options: argparse.Namespace) -> None:
     lm = load_model(_model_config(options))
     parameters = trainable_parameters(lm.model)
     layout = Layout.of(parameters)
-    blocks = Blocks.of(layout.size, config.num_blocks)
-    if options.ledger is not None:
+    blocks = blocks_for(layout.size, config)
+    if isinstance(blocks, InterleavedBlocks):
+        if options.ledger is not None:
+            raise ConfigError("--ledger tells energies of contiguous blocks, see --blocks")
+        energies, source = np.ones(blocks.count), ""
+    elif options.ledger is not None:
         energies = block_energies(_ledger_for(options, layout, blocks), blocks, config)
         source = f"the ledger '{options.ledger}'"
     else:
-        energies = gradient_energies(lm, layout, blocks)
-        source = "one gradient of this model"
+        energies, source = gradient_energies(lm, layout, blocks), "one gradient of this model"
     counts = bases_per_block(energies, blocks, config)
-    first = allocate("uniform", energies, blocks, config.coefficients)
-    up = 4 * config.coefficients
-    down = payload_nbytes(RoundPlan(2, 0, config.family, blocks, counts))
-    per_pass, per_basis = kernel_seconds(config.family)
-    work = float((blocks.lengths * counts).sum())
-    seconds = layout.size * per_pass + work * per_basis
+    plan = RoundPlan(2, 0, config.family, blocks, counts)
+    cosines = [f"cos {np.sqrt(min(1.0, plan.num_coefficients / layout.size)):.4f} = √(K/d), "
+               "whatever the update"]  # fmt: skip
+    kind = f"{blocks.count:,} interleaved, one basis each"
+    if isinstance(blocks, Blocks):
+        first = allocate("uniform", energies, blocks, config.coefficients)
+        kind = (f"{blocks.count:,} of {blocks.block_size:,} parameters; bases per block "
+                f"{counts.min()} to {counts.max()} ({config.allocation})")  # fmt: skip
+        cosines = [
+            f"cos {np.sqrt(config.coefficients / layout.size):.4f} = √(K/d) for an even update",
+            f"cos {expected_fidelity(energies, blocks, first):.4f} in round 1 (uniform), "
+            f"{expected_fidelity(energies, blocks, counts):.4f} after it, with energies from "
+            f"{source}",
+        ]
+    up = 4 * plan.num_coefficients
+    down = payload_nbytes(plan)
+    seconds = projection_seconds(plan)
     model_bytes = sum(p.numel() * p.element_size() for p in parameters.values())
     replica_bytes = 4 * layout.size
     rows = [
         ("model", f"{options.model}, {layout.size:,} trainable parameters in {len(layout.names)} "
          f"tensors"),
-        ("coefficients", f"K = {config.coefficients:,} ({config.family})"),
-        ("blocks", f"L = {blocks.count:,} of {blocks.block_size:,} parameters; bases per block "
-         f"{counts.min()} to {counts.max()} ({config.allocation})"),
+        ("coefficients", f"K = {plan.num_coefficients:,} ({config.family})"),
+        ("blocks", f"L = {kind}"),
         ("a node sends", f"{nbytes_text(up)} a round; FedAvg {nbytes_text(model_bytes)}, "
          f"{model_bytes / up:,.0f} times as much"),
         ("a node receives", f"{nbytes_text(down)} a round if it took part in the last one"),
-        ("fidelity", f"cos {np.sqrt(config.coefficients / layout.size):.4f} = √(K/d) for an even "
-         "update"),
-        ("", f"cos {expected_fidelity(energies, blocks, first):.4f} in round 1 (uniform), "
-         f"{expected_fidelity(energies, blocks, counts):.4f} after it, with energies from "
-         f"{source}"),
+        *zip(("fidelity", ""), cosines, strict=False),
         ("projection", f"{seconds:.3f} s here, and about as much to reconstruct a round"),
         ("memory", f"{nbytes_text(2 * model_bytes + replica_bytes)} for weights, gradients and "
          "replica, besides the optimizer's state and activations"),

@@ -114,10 +114,10 @@ class FerretConfig:
     """The projection and the server's step (`ferret.*`)."""
 
     coefficients: int = _within(8192, 1)  # K, numbers a client sends per round
-    blocks: int = _within(0, 0)  # L, at most K; 0 = K / 16
+    blocks: int = _within(0, 0)  # L contiguous blocks, at most K; 0 = K interleaved ones
     family: str = _one_of("rademacher", "truncated-normal")
     bases: str = _one_of("shared", "per-client")
-    allocation: str = _one_of("energy", "variance", "norm", "uniform")
+    allocation: str = _one_of("uniform", "energy", "variance", "norm")  # of contiguous blocks
     max_per_block: int = _within(512, 1)  # cap on K_l
     energy_decay: float = _within(0.5, 0.0, 1.0)  # weight of the past in the moving average
     energy_floor: float = _within(1e-3, 0.0, 1.0)  # share of the mean energy
@@ -129,14 +129,21 @@ class FerretConfig:
     cache_dir: str = ""  # where a node keeps ledgers and snapshots; "" = the user's cache folder
     snapshots: bool = True  # keep parameters there when a replay takes longer than writing them
 
-    @property
-    def num_blocks(self) -> int:
-        """Return L.
-
-        Few blocks leave bases over for the blocks that need them, and many bases in a block tell
-        its energy well; the work grows as K/L passes over the parameters.
-        """
-        return self.blocks or max(1, self.coefficients // 16)
+    def contradictions(self) -> list[str]:
+        """Return what is wrong between keys that are each valid alone."""
+        wrong = []
+        if self.blocks > self.coefficients:
+            wrong.append(
+                f"'ferret.blocks' must be at most 'ferret.coefficients' = {self.coefficients}, "
+                f"got {self.blocks}"
+            )
+        if not self.blocks and self.allocation != "uniform":
+            wrong.append(
+                f"'ferret.allocation' = '{self.allocation}' needs contiguous blocks: set "
+                f"'ferret.blocks', for example to {max(1, self.coefficients // 16)}; interleaved "
+                "ones ('ferret.blocks' = 0) have one basis each"
+            )
+        return wrong
 
 
 @dataclass(frozen=True)
@@ -241,11 +248,13 @@ def parse(run_config: Mapping[str, Scalar]) -> Config:
             values[key] = _checked(key, run_config.get(key, default), kind, metadata)
         except ConfigError as error:
             wrong.append(str(error))
+    config = None
     if not wrong:
-        wrong = _contradictions(values)
-    if wrong:
+        config = _build(Config, values)
+        wrong = config.ferret.contradictions() + _contradictions(config)
+    if config is None or wrong:
         raise ConfigError("\n".join(["the run configuration is not valid:", *wrong]))
-    return _build(Config, values)
+    return config
 
 
 def _unknown(key: str, leaves: Mapping[str, Any]) -> str:
@@ -270,26 +279,21 @@ def _checked(key: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> A
     return value
 
 
-def _contradictions(values: Mapping[str, Any]) -> list[str]:
+def _contradictions(config: Config) -> list[str]:
     """Return what is wrong between keys that are each valid alone."""
     wrong = []
-    if values["ferret.blocks"] > values["ferret.coefficients"]:
-        wrong.append(
-            f"'ferret.blocks' must be at most 'ferret.coefficients' = "
-            f"{values['ferret.coefficients']}, got {values['ferret.blocks']}"
-        )
-    if values["strategy.min-train-nodes"] > values["strategy.min-available-nodes"]:
+    if config.strategy.min_train_nodes > config.strategy.min_available_nodes:
         wrong.append(
             f"'strategy.min-train-nodes' must be at most 'strategy.min-available-nodes' = "
-            f"{values['strategy.min-available-nodes']}, got {values['strategy.min-train-nodes']}"
+            f"{config.strategy.min_available_nodes}, got {config.strategy.min_train_nodes}"
         )
-    if values["strategy.fraction-evaluate"] and not values["dataset.holdout"]:
+    if config.strategy.fraction_evaluate and not config.dataset.holdout:
         wrong.append(
             "'strategy.fraction-evaluate' needs 'dataset.holdout' above 0: the share of its own "
             "examples that a node evaluates on"
         )
-    held_out = values["dataset.test-name"] or values["dataset.holdout"] > 0.0
-    if values["evaluate.every"] and not held_out:
+    held_out = config.dataset.test_name or config.dataset.holdout > 0.0
+    if config.evaluate.every and not held_out:
         wrong.append(
             "'dataset.holdout' is 0 and 'dataset.test-name' is empty: nothing is left to "
             "evaluate on; set one of them, or 'evaluate.every' = 0"

@@ -20,7 +20,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from ferret_flwr.files import write_atomic
-from ferret_flwr.projection.layout import Blocks
+from ferret_flwr.projection.layout import AnyBlocks, Blocks, InterleavedBlocks
 from ferret_flwr.projection.packing import pack_counts, packed_nbytes, unpack_counts
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 
@@ -129,26 +129,32 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Return the size of the two arrays of `pack`, in closed form."""
-        return packed_nbytes(self.plan.bases_per_block) + 4 * self.coefficients.size
+        return _counts_nbytes(self.plan) + 4 * self.coefficients.size
 
 
 def pack_plan(plan: RoundPlan) -> tuple[dict[str, Any], np.ndarray]:
-    """Return a plan as JSON values and its packed bases per block."""
-    meta = {
-        "round": plan.round,
-        "seed": plan.seed,
-        "family": plan.family,
-        "block-size": plan.blocks.block_size,
-    }
-    return meta, pack_counts(plan.bases_per_block)
+    """Return a plan as JSON values and its packed bases per block, none if interleaved."""
+    meta: dict[str, Any] = {"round": plan.round, "seed": plan.seed, "family": plan.family}
+    if isinstance(plan.blocks, Blocks):
+        return meta | {"block-size": plan.blocks.block_size}, pack_counts(plan.bases_per_block)
+    return meta | {"interleaved": plan.blocks.count}, np.zeros(0, dtype=np.uint8)
 
 
 def unpack_plan(meta: dict[str, Any], counts: np.ndarray, size: int) -> RoundPlan:
     """Return a plan from its JSON values and its packed bases per block."""
-    blocks = Blocks(size, int(meta["block-size"]))
-    return RoundPlan(
-        int(meta["round"]), int(meta["seed"]), meta["family"], blocks, unpack_counts(counts)
-    )
+    blocks: AnyBlocks
+    if "interleaved" in meta:
+        blocks = InterleavedBlocks(size, int(meta["interleaved"]))
+        if counts.size:
+            raise PlanError("interleaved blocks come with bases per block")
+        bases = np.ones(blocks.count, dtype=np.int64)
+    else:
+        blocks, bases = Blocks(size, int(meta["block-size"])), unpack_counts(counts)
+    return RoundPlan(int(meta["round"]), int(meta["seed"]), meta["family"], blocks, bases)
+
+
+def _counts_nbytes(plan: RoundPlan) -> int:
+    return 0 if plan.interleaved else packed_nbytes(plan.bases_per_block)
 
 
 def payload_nbytes(plan: RoundPlan, seeds: int = 1) -> int:
@@ -161,7 +167,7 @@ def payload_nbytes(plan: RoundPlan, seeds: int = 1) -> int:
     seeds
         Clients of that round if bases are per client, 1 if they are shared.
     """
-    return 2 * packed_nbytes(plan.bases_per_block) + 4 * seeds * plan.num_coefficients
+    return 2 * _counts_nbytes(plan) + 4 * seeds * plan.num_coefficients
 
 
 @dataclass(frozen=True, eq=False)

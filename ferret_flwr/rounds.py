@@ -15,7 +15,7 @@ from ferret_flwr.config import ConfigError, FerretConfig
 from ferret_flwr.ledger import Entry, Ledger
 from ferret_flwr.projection.allocation import allocate
 from ferret_flwr.projection.kernels.philox import derive_seed
-from ferret_flwr.projection.layout import Blocks
+from ferret_flwr.projection.layout import AnyBlocks, Blocks, InterleavedBlocks
 from ferret_flwr.projection.plan import RoundPlan
 
 
@@ -34,26 +34,38 @@ def next_plan(ledger: Ledger, config: FerretConfig, seed: int) -> RoundPlan:
     Raises
     ------
     ConfigError
-        If there are fewer coefficients than blocks.
+        If the keys contradict each other, see `FerretConfig.contradictions`.
     """
-    blocks = Blocks.of(ledger.header.size, config.num_blocks)
-    if config.coefficients < blocks.count:
-        raise ConfigError(
-            f"'ferret.coefficients' must be at least the number of blocks = {blocks.count}, "
-            f"got {config.coefficients}"
-        )
-    counts = bases_per_block(block_energies(ledger, blocks, config), blocks, config)
+    blocks = blocks_for(ledger.header.size, config)
     number = len(ledger) + 1
+    counts = bases_per_block(block_energies(ledger, blocks, config), blocks, config)
     return RoundPlan(number, derive_seed(seed, number), config.family, blocks, counts)
 
 
-def bases_per_block(energies: np.ndarray, blocks: Blocks, config: FerretConfig) -> np.ndarray:
+def blocks_for(size: int, config: FerretConfig) -> AnyBlocks:
+    """Return how ``config`` cuts ``size`` parameters.
+
+    Raises
+    ------
+    ConfigError
+        If the keys contradict each other, or there are fewer coefficients than blocks.
+    """
+    if wrong := config.contradictions():
+        raise ConfigError("\n".join(wrong))
+    if not config.blocks:
+        return InterleavedBlocks.of(size, config.coefficients)
+    return Blocks.of(size, config.blocks)
+
+
+def bases_per_block(energies: np.ndarray, blocks: AnyBlocks, config: FerretConfig) -> np.ndarray:
     """Return K_l for blocks with ``energies``, see `allocate`; only `energy` is capped."""
+    if isinstance(blocks, InterleavedBlocks):
+        return np.ones(blocks.count, dtype=np.int64)
     cap = config.max_per_block if config.allocation == "energy" else None
     return allocate(config.allocation, energies, blocks, config.coefficients, cap)
 
 
-def block_energies(ledger: Ledger, blocks: Blocks, config: FerretConfig) -> np.ndarray:
+def block_energies(ledger: Ledger, blocks: AnyBlocks, config: FerretConfig) -> np.ndarray:
     """Estimate ‖Δ_l‖² of the coming round from the published coefficients of the past.
 
     γ² / ρ is an unbiased estimate of ‖Δ_l‖², averaged over a block's bases, then over rounds by
@@ -62,8 +74,11 @@ def block_energies(ledger: Ledger, blocks: Blocks, config: FerretConfig) -> np.n
     Returns
     -------
     numpy.ndarray
-        float64, ``(L,)``; all ones before the first round.
+        float64, ``(L,)``; all ones before the first round, and for interleaved blocks, which
+        are other ones in every round.
     """
+    if isinstance(blocks, InterleavedBlocks):
+        return np.ones(blocks.count)
     energies = None
     for entry in ledger.entries:
         if entry.plan.blocks == blocks and entry.rate > 0:
@@ -88,7 +103,8 @@ def server_rate(config: FerretConfig, plan: RoundPlan, ledger: Ledger, num_round
     Parameters
     ----------
     config
-        The rate, the factor on it while the blocks' energies are unknown, and the schedule.
+        The rate, the factor on it while the energies of contiguous blocks are unknown, and the
+        schedule.
     plan
         The coming round.
     ledger
@@ -96,7 +112,8 @@ def server_rate(config: FerretConfig, plan: RoundPlan, ledger: Ledger, num_round
     num_rounds
         Length of the run, which the decaying schedules need.
     """
-    if not any(entry.plan.blocks == plan.blocks for entry in ledger.entries):
+    unknown = not any(entry.plan.blocks == plan.blocks for entry in ledger.entries)
+    if unknown and not plan.interleaved:
         return config.server_rate * config.warmup_rate
     done = min(1.0, (plan.round - 1) / max(1, num_rounds))
     factor = {

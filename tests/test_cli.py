@@ -26,6 +26,7 @@ from ferret_flwr.training.tensors import masters_of, trainable_parameters
 from ferret_flwr.training.worker import Node, Worker
 
 ROUNDS, SIZE = 2, 110_400
+CONTIGUOUS = ["-k", "64", "--blocks", "32", "--allocation", "energy"]
 CONFIG = parse(
     {
         "num-server-rounds": ROUNDS,
@@ -36,6 +37,7 @@ CONFIG = parse(
         "train.seq-length": 128,
         "ferret.coefficients": 64,
         "ferret.blocks": 32,
+        "ferret.allocation": "energy",
         "ferret.warmup-rate": 1.0,
     }
 )
@@ -110,7 +112,23 @@ def test_info(capsys):
 
 
 def test_plan(capsys):
-    out = call(capsys, "plan", "--model", "builtin:tiny", "-k", "64", "--blocks", "32")
+    out = call(capsys, "plan", "--model", "builtin:tiny", "-k", "64")
+    assert "K = 64 (rademacher)" in row(out, "coefficients")
+    assert row(out, "blocks").endswith("L = 64 interleaved, one basis each")
+    assert "256 B a round; FedAvg 442 kB, 1,725 times as much" in row(out, "a node sends")
+    assert "256 B a round" in row(out, "a node receives")
+    assert f"cos {(64 / SIZE) ** 0.5:.4f} = √(K/d), whatever the update" in row(out, "fidelity")
+    assert float(row(out, "projection").split()[1]) >= 0
+
+
+def test_plan_with_more_coefficients_than_parameters(capsys):
+    out = call(capsys, "plan", "--model", "builtin:tiny", "-k", str(SIZE + 1))
+    assert "K = 110,400 (rademacher)" in row(out, "coefficients")
+    assert "cos 1.0000" in row(out, "fidelity")
+
+
+def test_plan_with_contiguous_blocks(capsys):
+    out = call(capsys, "plan", "--model", "builtin:tiny", *CONTIGUOUS)
     assert "110,400 trainable parameters in 20 tensors" in row(out, "model")
     assert "K = 64 (rademacher)" in row(out, "coefficients")
     assert "L = 32 of 3,456 parameters" in row(out, "blocks")
@@ -129,7 +147,7 @@ def _cosines(out):
 
 
 def test_plan_with_the_energies_of_a_run(capsys, ledger):
-    arguments = ["plan", "--model", "builtin:tiny", "-k", "64", "--blocks", "32"]
+    arguments = ["plan", "--model", "builtin:tiny", *CONTIGUOUS]
     out = call(capsys, *arguments, "--ledger", ledger)
     assert f"the ledger '{ledger}'" in out
     first, later = _cosines(out)
@@ -164,20 +182,30 @@ def test_the_energies_of_a_plan_are_a_gradients(count):
     np.testing.assert_allclose(energies, expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("options", [["-k", "0"], ["--blocks", "-1"], ["--blocks", "9", "-k", "5"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-k", "0"],
+        ["--blocks", "-1"],
+        ["--blocks", "9", "-k", "5"],
+        ["--allocation", "energy"],
+        ["--ledger", "any"],
+    ],
+)
 def test_plan_refuses(capsys, options):
     error_of(capsys, "plan", "--model", "builtin:tiny", *options)
 
 
 def test_plan_refuses_a_ledger_of_another_model(capsys, tmp_path):
     Ledger(Header("another", 300, "base")).save(tmp_path / "other.ledger")
-    arguments = ["plan", "--model", "builtin:tiny", "--ledger", tmp_path / "other.ledger"]
+    options = [*CONTIGUOUS, "--ledger", tmp_path / "other.ledger"]
+    arguments = ["plan", "--model", "builtin:tiny", *options]
     assert "'builtin:tiny' has another number of parameters: 110400" in error_of(capsys, *arguments)
 
 
 def test_plan_refuses_a_ledger_with_other_blocks(capsys, tmp_path, trained, ledger):
     arguments = ["plan", "--model", "builtin:tiny", "--ledger"]
-    line = error_of(capsys, *arguments, ledger, "-k", "128")
+    line = error_of(capsys, *arguments, ledger, "-k", "128", "--blocks", "8")
     assert f"'{ledger}' says nothing about 8 blocks, it has 32;" in line
     trained[0].until(0).save(tmp_path / "empty")
     line = error_of(capsys, *arguments, tmp_path / "empty", "-k", "64", "--blocks", "32")
@@ -273,7 +301,7 @@ def test_a_damaged_ledger_is_named(capsys, ledger, tmp_path, action, damage):
         "show": ["ledger", "show", ledger],
         "verify": ["ledger", "verify", ledger, "--base", "builtin:tiny"],
         "apply": ["ledger", "apply", ledger, "--base", "builtin:tiny", "--output", tmp_path / "x"],
-        "plan": ["plan", "--model", "builtin:tiny", "--ledger", ledger],
+        "plan": ["plan", "--model", "builtin:tiny", *CONTIGUOUS, "--ledger", ledger],
     }[action]
     assert f"'{ledger}' is not a valid ledger" in error_of(capsys, *arguments)
     assert not (tmp_path / "x").exists()

@@ -23,7 +23,7 @@ OTHER_CHOICE = {
     "train.schedule": "cosine",
     "ferret.family": "truncated-normal",
     "ferret.bases": "per-client",
-    "ferret.allocation": "uniform",
+    "ferret.allocation": "energy",
     "ferret.rate-schedule": "linear",
 }
 
@@ -128,8 +128,15 @@ def test_choices(key):
     assert line.startswith(f"'{key}' must be one of {allowed[0]}, ")
     assert allowed[1] in line and line.endswith(", got 'neither'")
     for value in allowed:
-        assert _at(parse({key: value}), key) == value
+        assert _at(parse({"ferret.blocks": 64, key: value}), key) == value
     _errors({key: allowed[0].upper()})
+
+
+def test_an_allocation_needs_contiguous_blocks():
+    (line,) = _errors({"ferret.allocation": "energy", "ferret.coefficients": 320})
+    assert line.startswith("'ferret.allocation' = 'energy' needs contiguous blocks: set 'ferret.bl")
+    assert "for example to 20;" in line
+    assert parse({"ferret.allocation": "energy", "ferret.blocks": 20}).ferret.blocks == 20
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from ferret_flwr.ledger import Entry, Header, Ledger
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.allocation import expected_squared_error
 from ferret_flwr.projection.families import FAMILIES
-from ferret_flwr.projection.layout import Blocks, Layout
+from ferret_flwr.projection.layout import Blocks, InterleavedBlocks, Layout
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 from ferret_flwr.rounds import block_energies, next_plan, publish, server_rate
 
@@ -20,7 +20,8 @@ SIZE = 4 * 128 - 40
 LAYOUT = Layout(("w",), ((SIZE,),))
 BLOCKS = Blocks(SIZE, 128)
 HEADER = Header(LAYOUT.fingerprint, SIZE, "base")
-CONFIG = FerretConfig(coefficients=64, blocks=4)
+CONFIG = FerretConfig(coefficients=64, blocks=4, allocation="energy")
+INTERLEAVED = FerretConfig(coefficients=64)
 SCALES = np.float32([1, 3, 0.3, 1])  # of the update, block by block
 DELTA = (
     np.random.default_rng(0).standard_normal(SIZE).astype(np.float32)
@@ -123,18 +124,34 @@ def test_seeds_differ_between_rounds_and_runs():
     assert all(0 <= plan.seed < 2**63 for plan in plans)
 
 
-def test_a_block_for_sixteen_coefficients_unless_told():
+def test_blocks_are_interleaved_one_for_each_coefficient_unless_told():
     big = Ledger(Header("layout", 10**6, "base"))
-    assert next_plan(big, FerretConfig(coefficients=400), 0).blocks == Blocks.of(10**6, 25)
+    plan = next_plan(big, FerretConfig(coefficients=400), 0)
+    assert plan.blocks == InterleavedBlocks(10**6, 400)
+    assert plan.bases_per_block.tolist() == [1] * 400
     assert next_plan(big, FerretConfig(coefficients=400, blocks=9), 0).blocks.count == 9
-    one = next_plan(big, FerretConfig(coefficients=1), 0)
-    assert (one.blocks.count, one.num_coefficients) == (1, 1)
+    few = next_plan(make_ledger(), FerretConfig(coefficients=SIZE + 1), 0)
+    assert few.num_coefficients == SIZE
 
 
-def test_fewer_coefficients_than_blocks():
-    with pytest.raises(ConfigError, match=r"'ferret\.coefficients' must be .* blocks = 4, got 3"):
+def test_more_blocks_than_coefficients():
+    message = r"'ferret\.blocks' must be at most 'ferret\.coefficients' = 3, got 4"
+    with pytest.raises(ConfigError, match=message):
         next_plan(make_ledger(), FerretConfig(coefficients=3, blocks=4), 0)
     assert next_plan(make_ledger(), FerretConfig(coefficients=4, blocks=4), 0).num_coefficients == 4
+
+
+def test_an_allocation_needs_contiguous_blocks():
+    with pytest.raises(ConfigError, match=r"needs contiguous blocks: set 'ferret\.blocks'"):
+        next_plan(make_ledger(), replace(INTERLEAVED, allocation="energy"), 0)
+
+
+def test_what_was_published_does_not_change_interleaved_blocks():
+    ledger = a_run(INTERLEAVED, 5, rounds=2)
+    plan = next_plan(ledger, INTERLEAVED, 5)
+    assert plan.blocks == ledger.entries[0].plan.blocks
+    assert plan.seed != ledger.entries[-1].plan.seed
+    assert block_energies(ledger, plan.blocks, INTERLEAVED).tolist() == [1.0] * 64
 
 
 # block_energies
@@ -214,6 +231,12 @@ def test_the_first_round_warms_up(schedule):
     first = next_plan(make_ledger(), CONFIG, 5)
     assert server_rate(config, first, make_ledger(), 8) == 0.5
     assert server_rate(config, first, make_ledger(), 1) == 0.5
+
+
+def test_interleaved_blocks_need_no_warm_up():
+    config = replace(INTERLEAVED, server_rate=2.0, warmup_rate=0.25)
+    first = next_plan(make_ledger(), config, 5)
+    assert server_rate(config, first, make_ledger(), 8) == 2.0
 
 
 def test_blocks_cut_anew_warm_up_again():

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from ferret_flwr.projection.kernels.cpu import jit, jit_parallel, philox
 from ferret_flwr.projection.kernels.philox import philox4x32, split_key
+from ferret_flwr.projection.kernels.tiles import jit, jit_parallel, philox
 
 DRAWS = 256  # counters drawn at once
 TILE = 4 * DRAWS  # elements that they are for, one word each

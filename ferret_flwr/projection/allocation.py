@@ -6,11 +6,11 @@ K_l removes), so blocks in which the update has more energy ‖Δ_l‖² deserve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ferret_flwr.projection.layout import Blocks
+from ferret_flwr.projection.layout import AnyBlocks, Blocks, Layout
 from ferret_flwr.projection.plan import PlanError
 
 
@@ -107,8 +107,32 @@ def _round_to_total(shares: np.ndarray, total: int, most: int) -> np.ndarray:
     return counts
 
 
+def energies_of(update: Sequence[np.ndarray], layout: Layout, blocks: Blocks) -> np.ndarray:
+    """Return ‖Δ_l‖² of each contiguous block of an ``update``: float64, ``(L,)``.
+
+    Parameters
+    ----------
+    update
+        Δ as tensors in layout order.
+    layout
+        Which tensors they are.
+    blocks
+        The L blocks.
+    """
+    layout.check(update)
+    energies = np.zeros(blocks.count)
+    for offset, tensor in zip(layout.offsets[:-1].tolist(), update, strict=True):
+        squares = np.square(tensor, dtype=np.float64).ravel()
+        first = -offset % blocks.block_size  # of the tensor's elements that begins a block
+        starts = np.unique([0, *range(first, squares.size, blocks.block_size)])
+        if squares.size:
+            within = (offset + starts) // blocks.block_size
+            energies[within] += np.add.reduceat(squares, starts)
+    return energies
+
+
 def expected_squared_error(
-    energies: np.ndarray, blocks: Blocks, bases_per_block: np.ndarray
+    energies: np.ndarray, blocks: AnyBlocks, bases_per_block: np.ndarray
 ) -> float:
     """Return E‖Δ̂ − Δ‖² ≈ Σ_l (d_l/K_l) ‖Δ_l‖², in the unit of ``energies``.
 
@@ -117,7 +141,9 @@ def expected_squared_error(
     return float((energies * (blocks.lengths - 1) / bases_per_block).sum())
 
 
-def expected_fidelity(energies: np.ndarray, blocks: Blocks, bases_per_block: np.ndarray) -> float:
+def expected_fidelity(
+    energies: np.ndarray, blocks: AnyBlocks, bases_per_block: np.ndarray
+) -> float:
     """Return cos(Δ̂, Δ) as ‖Δ‖ / √(‖Δ‖² + E‖Δ̂ − Δ‖²), about √(K/d) when all are uniform."""
     total = float(np.sum(energies))
     return float(

@@ -103,3 +103,47 @@ class Blocks:
         lengths = np.full(self.count, self.block_size, dtype=np.int64)
         lengths[-1] = self.size - (self.count - 1) * self.block_size
         return lengths
+
+
+@dataclass(frozen=True)
+class InterleavedBlocks:
+    """The index space 0..d-1 dealt out to L blocks: rows of L elements, a block to each column.
+
+    Each row is first rotated by a random offset of the round, see `reference.block_of`. So every
+    block gets the same mix of all tensors, and two elements of different rows share a block with
+    probability 1/L, whatever the model's shapes. With one basis to a block this is the hashing of a
+    count sketch with one row (Charikar et al., 2002).
+    """
+
+    size: int  # d
+    count: int  # L
+
+    def __post_init__(self) -> None:
+        """Check what the kernels rely on."""
+        if not 1 <= self.count <= self.size:
+            raise LayoutError(
+                f"interleaved blocks must be at least one and at most one for each of the "
+                f"{self.size} elements, got {self.count}"
+            )
+
+    @classmethod
+    def of(cls, size: int, count: int) -> InterleavedBlocks:
+        """Deal out ``size`` elements to ``count`` blocks, to fewer where d is smaller."""
+        if size < 1 or count < 1:
+            raise LayoutError(f"need at least one element and one block, got {size}, {count}")
+        return cls(size, min(count, size))
+
+    @property
+    def block_size(self) -> int:
+        """Return b, the most elements of a block, or `GROUP` if that is more."""
+        return max(GROUP, math.ceil(self.size / self.count))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Return d_l in descending order, whichever blocks the last row falls into: ``(L,)``."""
+        lengths = np.full(self.count, self.size // self.count, dtype=np.int64)
+        lengths[: self.size % self.count] += 1
+        return lengths
+
+
+AnyBlocks = Blocks | InterleavedBlocks

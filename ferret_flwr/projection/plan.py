@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from ferret_flwr.projection.families import FAMILIES
-from ferret_flwr.projection.layout import Blocks
+from ferret_flwr.projection.layout import AnyBlocks, InterleavedBlocks
 
 MOST_BASES = 2**31 - 1  # of a round
 
@@ -32,13 +32,13 @@ class RoundPlan:
     blocks
         How 0..d-1 is cut.
     bases_per_block
-        K_l, at least 1 each: int64, ``(L,)``.
+        K_l, at least 1 each, and 1 each where blocks are interleaved: int64, ``(L,)``.
     """
 
     round: int
     seed: int
     family: str
-    blocks: Blocks
+    blocks: AnyBlocks
     bases_per_block: np.ndarray
 
     def __post_init__(self) -> None:
@@ -59,7 +59,14 @@ class RoundPlan:
             raise PlanError(
                 f"a round has at most {MOST_BASES} bases, got {counts.max()} in a block"
             )
+        if self.interleaved and counts.max() > 1:
+            raise PlanError(f"an interleaved block has one basis, got {counts.max()}")
         object.__setattr__(self, "bases_per_block", counts)
+
+    @property
+    def interleaved(self) -> bool:
+        """Return whether a block is spread over the index space."""
+        return isinstance(self.blocks, InterleavedBlocks)
 
     @cached_property
     def offsets(self) -> np.ndarray:

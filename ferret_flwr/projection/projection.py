@@ -9,20 +9,32 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from types import ModuleType
 
 import numpy as np
 
-from ferret_flwr.projection.kernels import cpu
+from ferret_flwr.projection.kernels import cpu, cpu_interleaved
 from ferret_flwr.projection.kernels.segments import Segments
-from ferret_flwr.projection.layout import Layout, LayoutError
+from ferret_flwr.projection.layout import Blocks, Layout, LayoutError
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 
 PROJECTABLE = ("float32", "float16", "uint16")
+WHOLE = 2**62  # a block that no model fills
 
 
 @lru_cache(maxsize=4)
 def _segments(layout: Layout, block_size: int) -> Segments:
     return Segments.of(layout.offsets, block_size)
+
+
+def _segments_for(layout: Layout, plan: RoundPlan) -> Segments:
+    """Return the pieces to walk; interleaved blocks do not cut them."""
+    blocks = plan.blocks
+    return _segments(layout, blocks.block_size if isinstance(blocks, Blocks) else WHOLE)
+
+
+def _kernel(plan: RoundPlan) -> ModuleType:
+    return cpu_interleaved if plan.interleaved else cpu
 
 
 def _check(arrays: Sequence[np.ndarray], layout: Layout, dtypes: Sequence[str]) -> None:
@@ -73,8 +85,7 @@ def project(
         for name, old, new in zip(layout.names, before, after, strict=True):
             if old.dtype != new.dtype:
                 raise LayoutError(f"tensor '{name}' changed from {old.dtype} to {new.dtype}")
-    segments = _segments(layout, plan.blocks.block_size)
-    coefficients = cpu.project(before, after, segments, plan)
+    coefficients = _kernel(plan).project(before, after, _segments_for(layout, plan), plan)
     if not np.isfinite(coefficients).all():
         ends = before if after is None else after
         for name, old, new in zip(layout.names, before, ends, strict=True):
@@ -114,7 +125,7 @@ def subtract(
             raise LayoutError(f"tensor '{name}' is read-only")
     published = _published(coefficients, plan)
     dense = [np.ascontiguousarray(array) for array in arrays]
-    cpu.subtract(dense, published, _segments(layout, plan.blocks.block_size), plan)
+    _kernel(plan).subtract(dense, published, _segments_for(layout, plan), plan)
     for array, copy in zip(arrays, dense, strict=True):
         if not np.shares_memory(array, copy):
             array[...] = copy.reshape(array.shape)
@@ -127,11 +138,11 @@ def reconstruct(coefficients: np.ndarray, layout: Layout, plan: RoundPlan) -> It
     """
     _check_plan(layout, plan)
     negated = -_published(coefficients, plan)
-    segments = _segments(layout, plan.blocks.block_size)
+    segments = _segments_for(layout, plan)
     bounds = np.searchsorted(segments.tensor, np.arange(len(layout.names) + 1))
     for tensor, (first, last) in enumerate(itertools.pairwise(bounds)):
         update = np.zeros(layout.offsets[tensor + 1] - layout.offsets[tensor], dtype=np.float32)
-        cpu.subtract([update], negated, segments.of_tensor(first, last), plan)
+        _kernel(plan).subtract([update], negated, segments.of_tensor(first, last), plan)
         yield update
 
 
@@ -174,7 +185,7 @@ def fingerprint(arrays: Sequence[np.ndarray], layout: Layout) -> str:
     """Return sixteen hexadecimal digits that change with any bit of float32 ``arrays``."""
     _check(arrays, layout, ("float32",))
     dense = [np.ascontiguousarray(array) for array in arrays]
-    return f"{cpu.fingerprint(dense, _segments(layout, 2**62)):016x}"
+    return f"{cpu.fingerprint(dense, _segments(layout, WHOLE)):016x}"
 
 
 def _published(coefficients: np.ndarray, plan: RoundPlan) -> np.ndarray:

@@ -7,7 +7,8 @@ import time
 import numpy as np
 
 from ferret_flwr.projection import projection
-from ferret_flwr.projection.layout import Blocks, Layout
+from ferret_flwr.projection.allocation import energies_of
+from ferret_flwr.projection.layout import Blocks, InterleavedBlocks, Layout
 from ferret_flwr.projection.plan import RoundPlan
 from ferret_flwr.training.models import LanguageModel
 from ferret_flwr.training.tensors import trainable_parameters
@@ -26,39 +27,40 @@ def gradient_energies(lm: LanguageModel, layout: Layout, blocks: Blocks) -> np.n
     tokens = lm.tokenizer(PROBE_TEXT, return_tensors="pt").input_ids
     model = lm.model
     model(input_ids=tokens, labels=tokens).loss.backward()
-    energies = np.zeros(blocks.count)
-    for offset, parameter in zip(
-        layout.offsets, trainable_parameters(model).values(), strict=False
-    ):
-        if parameter.grad is None:
-            continue
-        squares = parameter.grad.float().flatten().numpy().astype(np.float64) ** 2
-        cuts = np.arange(
-            -(-int(offset) // blocks.block_size) * blocks.block_size - int(offset),
-            squares.size,
-            blocks.block_size,
-        )
-        starts = np.unique(np.concatenate([[0], cuts]))
-        np.add.at(
-            energies,
-            (int(offset) + starts) // blocks.block_size,
-            np.add.reduceat(squares, starts),
-        )
+    gradients = [
+        np.zeros(parameter.shape, dtype=np.float32)
+        if parameter.grad is None
+        else parameter.grad.float().numpy()
+        for parameter in trainable_parameters(model).values()
+    ]
     model.zero_grad(set_to_none=True)
-    return energies
+    return energies_of(gradients, layout, blocks)
 
 
-def kernel_seconds(family: str) -> tuple[float, float]:
-    """Measure a projection here: seconds per element, and per element and basis."""
+def projection_seconds(plan: RoundPlan) -> float:
+    """Measure a projection of a part of the index space here, and return it for all of it.
+
+    With contiguous blocks the time is a straight line in the bases of an element.
+    """
+    if plan.interleaved:
+        blocks = InterleavedBlocks.of(SAMPLE_ELEMENTS, plan.blocks.count)
+        sample = RoundPlan(1, 1, plan.family, blocks, np.ones(blocks.count, dtype=np.int64))
+        return _seconds(sample) * plan.blocks.size / SAMPLE_ELEMENTS
+    cut = Blocks.of(SAMPLE_ELEMENTS, 512)
+    one, three = (
+        _seconds(RoundPlan(1, 1, plan.family, cut, np.full(cut.count, bases))) / SAMPLE_ELEMENTS
+        for bases in (1, 3)
+    )
+    per_basis = max((three - one) / 2, 0.0)
+    work = float((plan.blocks.lengths * plan.bases_per_block).sum())
+    return plan.blocks.size * max(one - per_basis, 0.0) + work * per_basis
+
+
+def _seconds(plan: RoundPlan) -> float:
+    """Return what a projection with ``plan`` takes, once it is compiled."""
     layout = Layout(("sample",), ((SAMPLE_ELEMENTS,),))
     delta = [np.ones(SAMPLE_ELEMENTS, dtype=np.float32)]
-    blocks = Blocks.of(SAMPLE_ELEMENTS, 512)
-    taken = []
-    for bases in (1, 3):
-        plan = RoundPlan(1, 1, family, blocks, np.full(blocks.count, bases))
-        projection.project(delta, layout, plan)
-        start = time.perf_counter()
-        projection.project(delta, layout, plan)
-        taken.append((time.perf_counter() - start) / SAMPLE_ELEMENTS)
-    per_basis = max((taken[1] - taken[0]) / 2, 0.0)
-    return max(taken[0] - per_basis, 0.0), per_basis
+    projection.project(delta, layout, plan)
+    start = time.perf_counter()
+    projection.project(delta, layout, plan)
+    return time.perf_counter() - start

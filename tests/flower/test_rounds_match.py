@@ -75,7 +75,13 @@ def plain_loop(config: Config, rounds: int = ROUNDS, nodes: int = 2) -> Ledger:
     [
         {},
         {"ferret.bases": "per-client"},
-        {"ferret.family": "truncated-normal", "ferret.allocation": "variance"},
+        {"ferret.family": "truncated-normal"},
+        {"ferret.blocks": 32, "ferret.allocation": "energy"},
+        {
+            "ferret.blocks": 32,
+            "ferret.family": "truncated-normal",
+            "ferret.allocation": "variance",
+        },
         {"model.dtype": "bfloat16"},
         {"train.optimizer": "AdamW", "train.learning-rate": 0.001},
     ],

@@ -13,8 +13,8 @@ from ferret_flwr.methods.fetchsgd import FetchSGD
 from ferret_flwr.methods.method import Reply
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.kernels.philox import philox4x32
-from ferret_flwr.projection.kernels.reference import basis_elements
-from ferret_flwr.projection.layout import Blocks, Layout
+from ferret_flwr.projection.kernels.reference import basis_elements, block_of
+from ferret_flwr.projection.layout import Blocks, InterleavedBlocks, Layout
 from ferret_flwr.projection.plan import RoundPlan
 from ferret_flwr.training import worker as workers
 from ferret_flwr.training.data import collate
@@ -180,26 +180,27 @@ def test_threads_do_not_matter():
     assert results[0] == results[1]
 
 
-def test_one_row_with_contiguous_columns_is_a_projection_with_one_basis_a_block():
-    """docs/method.md: K_l = 1 with signs is the count sketch whose hash is ``i // b``."""
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_one_row_is_a_projection_with_one_basis_a_block(interleaved):
+    """docs/method.md: K_l = 1 with signs is the count sketch whose hash is an element's block."""
     size, block = 1000, 128
     delta = drawn(size)
-    blocks = Blocks(size, block)
+    blocks = InterleavedBlocks(size, 13) if interleaved else Blocks(size, block)
     plan = RoundPlan(1, 9, "rademacher", blocks, np.ones(blocks.count, dtype=np.int64))
     layout = Layout(("w",), ((size,),))
     signs = basis_elements(plan, 0, 0, size).astype(np.float64)[None]
-    contiguous = np.arange(size)[None] // block
+    columns = (block_of(plan, 0, size) if interleaved else np.arange(size) // block)[None]
 
-    table = dense_sketch(delta, contiguous, signs, blocks.count)
+    table = dense_sketch(delta, columns, signs, blocks.count)
     gamma = projection.project([delta], layout, plan)
     tolerance = 2.0**-23 * np.abs(delta).sum()
     np.testing.assert_allclose(gamma, table[0], rtol=0, atol=tolerance)
     (update,) = projection.reconstruct(gamma * plan.unbiased_scale(), layout, plan)
     np.testing.assert_allclose(
-        update, dense_estimates(table, contiguous, signs), rtol=0, atol=tolerance
+        update, dense_estimates(table, columns, signs), rtol=0, atol=tolerance
     )
-    hashed = np.random.default_rng(0).permutation(size)[None] // block  # not contiguous
-    other = dense_sketch(delta, hashed, signs, blocks.count)
+    others = np.random.default_rng(0).permutation(columns[0])[None]
+    other = dense_sketch(delta, others, signs, blocks.count)
     assert np.abs(gamma - other[0]).max() > tolerance
 
 

@@ -9,15 +9,15 @@ import pytest
 
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.families import FAMILIES
-from ferret_flwr.projection.kernels import cpu, reference
+from ferret_flwr.projection.kernels import cpu, cpu_interleaved, reference, tiles
 from ferret_flwr.projection.kernels.segments import Segments
-from ferret_flwr.projection.layout import Blocks, Layout
+from ferret_flwr.projection.layout import Blocks, InterleavedBlocks, Layout
 from ferret_flwr.projection.plan import RoundPlan
 
-KERNELS = {"cpu": cpu}
+KERNELS = {"cpu": {"contiguous": cpu, "interleaved": cpu_interleaved}}
 DTYPES = ("float32", "float16", "bfloat16")
 BLOCK = 256
-CASES = {  # shapes, block size
+CASES = {  # shapes, and the size of contiguous blocks or the number of interleaved ones
     "one": ([(1,)], BLOCK),
     "group-1": ([(127,)], BLOCK),
     "group": ([(128,)], BLOCK),
@@ -26,15 +26,25 @@ CASES = {  # shapes, block size
     "block": ([(16, BLOCK // 16)], BLOCK),
     "block+1": ([(BLOCK + 1,)], BLOCK),
     "prime": ([(1009,)], BLOCK),
-    "tile+block+1": ([(cpu.ELEMENTS + BLOCK + 1,)], 2 * cpu.ELEMENTS),
+    "tile+block+1": ([(tiles.ELEMENTS + BLOCK + 1,)], 2 * tiles.ELEMENTS),
     "tensors across blocks": ([(3, 5), (100, 7), (1,), (0, 4), (), (13, 11), (300,)], BLOCK),
-    "tensors across tiles": ([(4000,), (10, 20), (5000,)], 3 * cpu.ELEMENTS),
+    "tensors across tiles": ([(4000,), (10, 20), (5000,)], 3 * tiles.ELEMENTS),
+    "one dealt out": ([(1,)], "1"),
+    "all to one": ([(300,)], "1"),
+    "one to each": ([(13, 11), (157,)], "300"),
+    "prime dealt out": ([(1009,)], "97"),
+    "almost one to each": ([(1009,)], "1000"),
+    "tensors dealt out": ([(3, 5), (100, 7), (1,), (0, 4), (), (13, 11), (300,)], "128"),
+    "tiles dealt out": ([(4000,), (10, 20), (5000,)], "1000"),
+    "rows of many tiles": ([(3 * tiles.ELEMENTS + 5,), (77, 100)], str(2 * tiles.ELEMENTS + 3)),
 }
+TILED = ["prime", "tensors across blocks", "tensors across tiles", "tensors dealt out",
+         "tiles dealt out", "rows of many tiles"]  # fmt: skip
 LARGEST = (100, 128, 1000, 2**16)  # how finely the index space is cut for the threads
 
 # A kernel adds at most a tile's products in float32, so by the probabilistic bound of Higham and
 # Mary (2019), |γ − γ_ref| ≤ λ √n u Σ|v Δ| with n = 4096, u = 2⁻²⁴; λ = 6 fails once in 10⁷ sums.
-ROUNDING = 6 * math.sqrt(cpu.ELEMENTS) * 2.0**-24
+ROUNDING = 6 * math.sqrt(tiles.ELEMENTS) * 2.0**-24
 
 
 def lower(x, dtype):
@@ -57,12 +67,25 @@ def bits(x):
 
 
 def make(case, family, seed=5):
-    """Return the layout and a plan with 1, 3, 2, 1, 3, 2, ... bases per block."""
-    shapes, block_size = CASES[case]
+    """Return the layout and a plan with 1, 3, 2, 1, 3, 2, ... bases per contiguous block."""
+    shapes, cut = CASES[case]
     layout = Layout(tuple(f"t{i}" for i in range(len(shapes))), tuple(shapes))
-    blocks = Blocks(layout.size, block_size)
+    if isinstance(cut, str):
+        dealt = InterleavedBlocks(layout.size, int(cut))
+        return layout, RoundPlan(1, seed, family, dealt, np.ones(dealt.count, dtype=np.int64))
+    blocks = Blocks(layout.size, cut)
     counts = np.resize([1, 3, 2] if blocks.count > 1 else [3], blocks.count)
     return layout, RoundPlan(1, seed, family, blocks, counts)
+
+
+def pieces(layout, plan, largest=2**16):
+    """Return the segments that a kernel for ``plan`` walks."""
+    size = layout.size if plan.interleaved else plan.blocks.block_size
+    return Segments.of(layout.offsets, size, largest)
+
+
+def kernel_for(kernel, plan):
+    return kernel["interleaved" if plan.interleaved else "contiguous"]
 
 
 def numbers(size, seed=0):
@@ -96,7 +119,12 @@ def close(gamma, delta, plan):
     """Return whether γ is the projection of ``delta`` to within float32 rounding."""
     delta = delta.astype(np.float64)
     largest = 1.0 if plan.family == "rademacher" else 1 / math.sqrt(plan.blocks.block_size)
-    mass = np.add.reduceat(np.abs(delta), np.arange(0, delta.size, plan.blocks.block_size))
+    if plan.interleaved:
+        mass = np.bincount(
+            reference.block_of(plan, 0, delta.size), np.abs(delta), plan.blocks.count
+        )
+    else:
+        mass = np.add.reduceat(np.abs(delta), np.arange(0, delta.size, plan.blocks.block_size))
     bound = ROUNDING * largest * np.repeat(mass, plan.bases_per_block)
     return bool((np.abs(gamma - reference.project(delta, plan)) <= bound).all())
 
@@ -117,7 +145,7 @@ def test_subtract_has_the_bits_of_the_reference(kernel, case, family, dtype):
     expected = master - reference.reconstruct(c, plan)
 
     arrays = cut(master, layout)
-    kernel.subtract(arrays, c, Segments.of(layout.offsets, plan.blocks.block_size), plan)
+    kernel_for(kernel, plan).subtract(arrays, c, pieces(layout, plan), plan)
 
     np.testing.assert_array_equal(bits(join(arrays)), bits(expected))
     np.testing.assert_array_equal(bits(lower(join(arrays), dtype)), bits(lower(expected, dtype)))
@@ -137,9 +165,9 @@ def test_project_is_the_reference_to_float32_rounding(kernel, case, family, dtyp
     ends = lower(numbers(layout.size, seed=2), dtype) if after else None
     delta = lift(before) - lift(ends) if after else lift(before)
 
-    segments = Segments.of(layout.offsets, plan.blocks.block_size)
+    segments = pieces(layout, plan)
     tensors = cut(before, layout), None if ends is None else cut(ends, layout)
-    gamma = kernel.project(*tensors, segments, plan)
+    gamma = kernel_for(kernel, plan).project(*tensors, segments, plan)
 
     assert gamma.dtype == np.float64
     assert gamma.shape == (plan.num_coefficients,)
@@ -157,44 +185,49 @@ def test_project_is_the_reference_to_float32_rounding(kernel, case, family, dtyp
 
 @pytest.mark.parametrize("largest", LARGEST)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("case", ["prime", "tensors across blocks", "tensors across tiles"])
+@pytest.mark.parametrize("case", TILED)
 def test_no_bit_of_subtract_depends_on_threads_or_tiling(kernel, threads, case, family, largest):
     layout, plan = make(case, family)
     master, c = numbers(layout.size), coefficients_for(plan)
     arrays = cut(master, layout)
-    segments = Segments.of(layout.offsets, plan.blocks.block_size, largest)
-    kernel.subtract(arrays, c, segments, plan)
+    segments = pieces(layout, plan, largest)
+    kernel_for(kernel, plan).subtract(arrays, c, segments, plan)
     expected = master - reference.reconstruct(c, plan)
     np.testing.assert_array_equal(bits(join(arrays)), bits(expected))
 
 
 @pytest.mark.parametrize("largest", LARGEST)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("case", ["prime", "tensors across blocks", "tensors across tiles"])
+@pytest.mark.parametrize("case", TILED)
 def test_project_is_close_for_every_tiling(kernel, threads, case, family, largest):
     layout, plan = make(case, family)
     delta = numbers(layout.size)
-    segments = Segments.of(layout.offsets, plan.blocks.block_size, largest)
-    assert close(kernel.project(cut(delta, layout), None, segments, plan), delta, plan)
+    segments = pieces(layout, plan, largest)
+    assert close(
+        kernel_for(kernel, plan).project(cut(delta, layout), None, segments, plan), delta, plan
+    )
 
 
+@pytest.mark.parametrize("case", ["tensors across tiles", "tiles dealt out"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_bit_of_project_depends_on_threads(kernel, threads, family, dtype):
-    layout, plan = make("tensors across tiles", family)
+def test_no_bit_of_project_depends_on_threads(kernel, threads, family, dtype, case):
+    layout, plan = make(case, family)
     before, after = (cut(lower(numbers(layout.size, s), dtype), layout) for s in (0, 2))
-    segments = Segments.of(layout.offsets, plan.blocks.block_size, largest=512)
-    gamma = kernel.project(before, after, segments, plan)
+    segments = pieces(layout, plan, largest=512)
+    project = kernel_for(kernel, plan).project
+    gamma = project(before, after, segments, plan)
     numba.set_num_threads(1)
-    np.testing.assert_array_equal(gamma, kernel.project(before, after, segments, plan))
-    shuffled = kernel.project([array[::-1].copy() for array in before], after, segments, plan)
+    np.testing.assert_array_equal(gamma, project(before, after, segments, plan))
+    shuffled = project([array[::-1].copy() for array in before], after, segments, plan)
     assert not np.array_equal(gamma, shuffled)
 
 
+@pytest.mark.parametrize("case", ["tensors across blocks", "tensors dealt out"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_memory_order_does_not_matter(family, dtype):
-    layout, plan = make("tensors across blocks", family)
+def test_memory_order_does_not_matter(case, family, dtype):
+    layout, plan = make(case, family)
     before, after = (cut(lower(numbers(layout.size, s), dtype), layout) for s in (0, 2))
     dense = projection.project(before, layout, plan, after)
     sparse = projection.project(
@@ -203,10 +236,11 @@ def test_memory_order_does_not_matter(family, dtype):
     np.testing.assert_array_equal(dense, sparse)
 
 
+@pytest.mark.parametrize("case", ["tensors across blocks", "tensors dealt out"])
 @pytest.mark.parametrize("loosen", [np.array, scattered, np.asfortranarray])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_subtract_works_in_place_whatever_the_memory_order(family, loosen):
-    layout, plan = make("tensors across blocks", family)
+def test_subtract_works_in_place_whatever_the_memory_order(case, family, loosen):
+    layout, plan = make(case, family)
     master, c = numbers(layout.size), coefficients_for(plan)
     arrays = [loosen(array) for array in cut(master, layout)]
     projection.subtract(arrays, layout, plan, c)
@@ -229,9 +263,9 @@ def test_update_may_mix_dtypes():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_16_bit_number_is_lifted_exactly(dtype):
     patterns = np.arange(2**16, dtype=np.uint16)
-    code = cpu.FLOAT16 if dtype == "float16" else cpu.BFLOAT16
+    code = tiles.FLOAT16 if dtype == "float16" else tiles.BFLOAT16
     out = np.empty(2**16, dtype=np.float32)
-    cpu._load(out, patterns.ctypes.data, code, patterns.size)
+    tiles.load(out, patterns.ctypes.data, code, patterns.size)
     np.testing.assert_array_equal(out, lift(patterns.view(dtype) if code == 2 else patterns))
 
 
@@ -257,10 +291,11 @@ def test_reconstruct_yields_the_tensors_of_the_reference(case, family):
     np.testing.assert_array_equal(join(updates), reference.reconstruct(c, plan))
 
 
+@pytest.mark.parametrize("case", ["tensors across blocks", "tensors dealt out"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fidelity_is_the_cosine_of_update_and_reconstruction(family, dtype):
-    layout, plan = make("tensors across blocks", family)
+def test_fidelity_is_the_cosine_of_update_and_reconstruction(case, family, dtype):
+    layout, plan = make(case, family)
     before, after = (lower(numbers(layout.size, s), dtype) for s in (0, 2))
     gamma = projection.project(cut(before, layout), layout, plan, cut(after, layout))
     delta = (lift(before) - lift(after)).astype(np.float64)
@@ -285,7 +320,7 @@ def test_negative_zeros_survive():
 
 
 @pytest.mark.parametrize("largest", LARGEST)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c for c in CASES if isinstance(CASES[c][1], int)])
 def test_segments_cover_every_index_once_and_cross_no_cut(case, largest):
     layout, plan = make(case, "rademacher")
     block_size = plan.blocks.block_size

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ferret_flwr.projection.families import FAMILIES
-from ferret_flwr.projection.kernels import cpu, reference
+from ferret_flwr.projection.kernels import cpu, reference, tiles
 from ferret_flwr.projection.kernels.philox import derive_seed, philox4x32, split_key
 from ferret_flwr.projection.kernels.segments import Segments
 from ferret_flwr.projection.layout import Blocks
@@ -50,7 +50,7 @@ def test_known_answers(name):
     ours = philox4x32(np.array(counter, dtype=np.uint32), tuple(key))
     assert ours.dtype == np.uint32
     assert ours.tolist() == answer
-    numbas = cpu.philox(*np.array(counter, dtype=np.uint32), *np.array(key, dtype=np.uint32))
+    numbas = tiles.philox(*np.array(counter, dtype=np.uint32), *np.array(key, dtype=np.uint32))
     assert [int(word) for word in numbas] == answer
 
 
@@ -66,9 +66,9 @@ def test_counters_are_independent_of_their_company():
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
 def test_sign_words_of_numba_are_those_of_numpy(group, basis, seed):
     groups = 5
-    flat, words = np.empty(4 * cpu.TILE, np.uint32), np.empty((4, cpu.TILE), np.uint32)
+    flat, words = np.empty(4 * tiles.TILE, np.uint32), np.empty((4, tiles.TILE), np.uint32)
     low, high = split_key(seed)
-    cpu._sign_words(flat, words, group, groups, basis, np.uint32(low), np.uint32(high))
+    tiles.sign_words(flat, words, group, groups, basis, np.uint32(low), np.uint32(high))
     counters = [[g & 0xFFFFFFFF, g >> 32, basis, 0] for g in range(group, group + groups)]
     expected = philox4x32(np.array(counters, dtype=np.uint32), (low, high))
     np.testing.assert_array_equal(flat[: 4 * groups], expected.ravel())

@@ -11,139 +11,31 @@ from collections.abc import Sequence
 
 import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
-from ferret_flwr.projection.families import FAMILIES, GROUP, truncated_normal_scale
-from ferret_flwr.projection.kernels.philox import (
-    MULTIPLIER_0,
-    MULTIPLIER_1,
-    WEYL_0,
-    WEYL_1,
-    split_key,
-)
+from ferret_flwr.projection.families import GROUP
 from ferret_flwr.projection.kernels.reference import MIX_BITS, MIX_INDEX
 from ferret_flwr.projection.kernels.segments import Segments
 from ferret_flwr.projection.kernels.signs import signed_add, signed_dot, signed_store
+from ferret_flwr.projection.kernels.tiles import (
+    ELEMENTS,
+    FLOAT32,
+    SIGNS,
+    TILE,
+    addresses_of,
+    at,
+    family_code,
+    jit,
+    jit_parallel,
+    kinds_of,
+    load,
+    normal_elements,
+    sign_words,
+)
 from ferret_flwr.projection.plan import RoundPlan
 
-TILE = 32  # groups handled at once: 16 KiB of float32
-ELEMENTS = TILE * GROUP
 COST_OF_MEMORY = 2  # reading an element costs about as much as this many bases
 
-SIGNS = FAMILIES["rademacher"].code
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-HALF_TO_FLOAT = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
-
-jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 _jit_sum = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
-jit_parallel = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=True)
-
-
-@intrinsic
-def _at(typingctx, address, dtype):  # type: ignore[no-untyped-def]
-    """Return ``address`` as a pointer to ``dtype``, for `numba.carray`."""
-    pointer = types.CPointer(dtype.dtype)
-
-    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
-
-    return pointer(types.int64, dtype), codegen
-
-
-@jit
-def _round(c0, c1, c2, c3, key_0, key_1):  # type: ignore[no-untyped-def]
-    product_0 = np.uint64(c0) * np.uint64(MULTIPLIER_0)
-    product_1 = np.uint64(c2) * np.uint64(MULTIPLIER_1)
-    return (
-        np.uint32(np.uint32(product_1 >> np.uint64(32)) ^ c1 ^ key_0),
-        np.uint32(product_1),
-        np.uint32(np.uint32(product_0 >> np.uint64(32)) ^ c3 ^ key_1),
-        np.uint32(product_0),
-    )
-
-
-@jit
-def philox(c0, c1, c2, c3, key_0, key_1):  # type: ignore[no-untyped-def]
-    """Philox4x32-10, unrolled so that a loop over counters becomes vector instructions."""
-    w0, w1 = np.uint32(WEYL_0), np.uint32(WEYL_1)
-    k0, k1 = np.uint32(key_0), np.uint32(key_1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
-    k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    return _round(c0, c1, c2, c3, k0, k1)
-
-
-@jit
-def _sign_words(flat, words, group, groups, basis, key_0, key_1):  # type: ignore[no-untyped-def]
-    """Fill ``flat[4 * groups]`` with the sign bits of ``groups`` groups from ``group`` on."""
-    for t in range(groups):
-        index = np.uint64(group + t)
-        w0, w1, w2, w3 = philox(
-            np.uint32(index),
-            np.uint32(index >> np.uint64(32)),
-            np.uint32(basis),
-            np.uint32(0),
-            key_0,
-            key_1,
-        )
-        words[0, t] = w0
-        words[1, t] = w1
-        words[2, t] = w2
-        words[3, t] = w3
-    for t in range(groups):
-        for q in range(4):
-            flat[4 * t + q] = words[q, t]
-
-
-@jit
-def _normal_elements(v, group, groups, basis, key_0, key_1, scale):  # type: ignore[no-untyped-def]
-    """Fill ``v[groups * GROUP]`` with elements of the truncated normal."""
-    for t in range(groups):
-        index = np.uint64(group + t)
-        low, high = np.uint32(index), np.uint32(index >> np.uint64(32))
-        for q in range(32):
-            words = philox(low, high, np.uint32(basis), np.uint32(1 + q), key_0, key_1)
-            for j in range(4):
-                t_uniform = (np.float64(words[j]) + 0.5) * 2.0**-31 - 1.0
-                s = scale * t_uniform
-                s2 = s * s
-                v[t * 128 + q * 4 + j] = np.float32(
-                    s * (1 + s2 * (1 / 6 + s2 * (7 / 120 + s2 * (127 / 5040))))
-                )
-
-
-@jit
-def _load(out, address, dtype, count):  # type: ignore[no-untyped-def]
-    """Copy ``count`` elements at ``address`` to ``out`` as float32."""
-    if dtype == FLOAT32:
-        exact = numba.carray(_at(address, numba.float32), (count,))
-        for i in range(count):
-            out[i] = exact[i]
-    else:
-        bits = numba.carray(_at(address, numba.uint16), (count,))
-        if dtype == BFLOAT16:
-            raw = out.view(np.uint32)
-            for i in range(count):
-                raw[i] = np.uint32(bits[i]) << np.uint32(16)
-        else:
-            for i in range(count):
-                out[i] = HALF_TO_FLOAT[bits[i]]
 
 
 @_jit_sum
@@ -174,18 +66,18 @@ def _project(before, after, dtype, start, length, block, counts, position, sums,
                 if not in_place:  # the tile's elements as float32, zeros around them
                     x[:first] = 0
                     x[first + count : groups * GROUP] = 0
-                    _load(x[first:], before[s] + offset, dtype[s], count)
+                    load(x[first:], before[s] + offset, dtype[s], count)
                     if after[s] != 0:
-                        _load(y[first:], after[s] + offset, dtype[s], count)
+                        load(y[first:], after[s] + offset, dtype[s], count)
                         for i in range(first, first + count):
                             x[i] -= y[i]
                 for k in range(counts[block[s]]):
                     if family == SIGNS:
-                        _sign_words(flat, words, group, groups, k, key_0, key_1)
+                        sign_words(flat, words, group, groups, k, key_0, key_1)
                         term = signed_dot(delta, np.int64(flat.ctypes.data), np.int64(4 * groups))
                     else:
-                        _normal_elements(y, group, groups, k, key_0, key_1, scale)
-                        values = numba.carray(_at(delta, numba.float32), (groups * GROUP,))
+                        normal_elements(y, group, groups, k, key_0, key_1, scale)
+                        values = numba.carray(at(delta, numba.float32), (groups * GROUP,))
                         term = _dot(values, y, groups * GROUP)
                     sums[position[s] + k] += np.float64(term)
                 group += TILE
@@ -219,7 +111,7 @@ def _subtract(address, start, length, block, counts, offsets, coefficients, boun
                 for k in range(bases):
                     c = coefficients[offsets[block[s]] + k]
                     if family == SIGNS:
-                        _sign_words(flat, words, group, groups, k, key_0, key_1)
+                        sign_words(flat, words, group, groups, k, key_0, key_1)
                         if in_place:
                             signed_add(tile, bits, np.int64(4 * groups), -c)
                         elif k == 0:
@@ -227,7 +119,7 @@ def _subtract(address, start, length, block, counts, offsets, coefficients, boun
                         else:
                             signed_add(sum_of_bases, bits, np.int64(4 * groups), c)
                     else:
-                        _normal_elements(v, group, groups, k, key_0, key_1, scale)
+                        normal_elements(v, group, groups, k, key_0, key_1, scale)
                         if k == 0:
                             for i in range(groups * GROUP):
                                 update[i] = c * v[i]
@@ -235,7 +127,7 @@ def _subtract(address, start, length, block, counts, offsets, coefficients, boun
                             for i in range(groups * GROUP):
                                 update[i] += c * v[i]
                 if not in_place:
-                    w = numba.carray(_at(tile, numba.float32), (count,))
+                    w = numba.carray(at(tile, numba.float32), (count,))
                     for i in range(count):
                         w[i] -= update[first + i]
                 group += TILE
@@ -246,24 +138,12 @@ def _fingerprint(address, start, length, bounds, sums):  # type: ignore[no-untyp
     for thread in numba.prange(len(bounds) - 1):
         total = np.uint64(0)
         for s in range(bounds[thread], bounds[thread + 1]):
-            bits = numba.carray(_at(address[s], numba.uint32), (length[s],))
+            bits = numba.carray(at(address[s], numba.uint32), (length[s],))
             for i in range(length[s]):
                 z = np.uint64(bits[i]) + np.uint64(start[s] + i + 1) * np.uint64(MIX_INDEX)
                 z = (z ^ (z >> np.uint64(32))) * np.uint64(MIX_BITS)
                 total += z ^ (z >> np.uint64(32))
         sums[thread] = total
-
-
-def _addresses(arrays: Sequence[np.ndarray], segments: Segments) -> np.ndarray:
-    base = np.array([array.ctypes.data for array in arrays], dtype=np.int64)
-    size = np.array([array.itemsize for array in arrays], dtype=np.int64)
-    return base[segments.tensor] + size[segments.tensor] * segments.within
-
-
-def _family_code(plan: RoundPlan) -> tuple[int, np.uint32, np.uint32, float]:
-    low, high = split_key(plan.seed)
-    scale = truncated_normal_scale(plan.blocks.block_size)
-    return FAMILIES[plan.family].code, np.uint32(low), np.uint32(high), scale
 
 
 def _bounds(segments: Segments, plan: RoundPlan) -> np.ndarray:
@@ -288,16 +168,14 @@ def project(
     plan
         The round's bases.
     """
-    kinds = {"float32": FLOAT32, "uint16": BFLOAT16, "float16": FLOAT16}
-    dtype = np.array([kinds[array.dtype.name] for array in before])[segments.tensor]
     counts = plan.bases_per_block
     position = np.concatenate([[0], np.cumsum(counts[segments.block])])
     sums = np.zeros(position[-1], dtype=np.float64)
-    ends = np.zeros_like(segments.start) if after is None else _addresses(after, segments)
+    ends = np.zeros_like(segments.start) if after is None else addresses_of(after, segments)
     _project(
-        _addresses(before, segments),
+        addresses_of(before, segments),
         ends,
-        dtype,
+        kinds_of(before, segments),
         segments.start,
         segments.length,
         segments.block,
@@ -305,7 +183,7 @@ def project(
         position,
         sums,
         _bounds(segments, plan),
-        _family_code(plan),
+        family_code(plan),
     )
     coefficients = np.zeros(plan.num_coefficients, dtype=np.float64)
     _add_up(sums, position, segments.block, counts, plan.offsets, coefficients)
@@ -327,7 +205,7 @@ def subtract(
         As in `project`.
     """
     _subtract(
-        _addresses(arrays, segments),
+        addresses_of(arrays, segments),
         segments.start,
         segments.length,
         segments.block,
@@ -335,7 +213,7 @@ def subtract(
         plan.offsets,
         coefficients,
         _bounds(segments, plan),
-        _family_code(plan),
+        family_code(plan),
     )
 
 
@@ -343,5 +221,5 @@ def fingerprint(arrays: Sequence[np.ndarray], segments: Segments) -> int:
     """Return `reference.fingerprint` of C-contiguous float32 tensors."""
     bounds = segments.divide(segments.length, numba.get_num_threads())
     sums = np.zeros(len(bounds) - 1, dtype=np.uint64)
-    _fingerprint(_addresses(arrays, segments), segments.start, segments.length, bounds, sums)
+    _fingerprint(addresses_of(arrays, segments), segments.start, segments.length, bounds, sums)
     return int(sums.sum(dtype=np.uint64))

@@ -12,6 +12,7 @@ from ferret_flwr.projection.families import FAMILIES, GROUP, truncated_normal_sc
 from ferret_flwr.projection.kernels.philox import philox4x32, split_key
 from ferret_flwr.projection.plan import RoundPlan
 
+ROTATION = 33  # the counter's last word for a row's offset; 0 is the signs', 1..32 the normals'
 MIX_INDEX, MIX_BITS = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93  # odd, from splitmix64 and rrmxmx
 
 
@@ -58,6 +59,18 @@ def basis_elements(plan: RoundPlan, basis: int, start: int, stop: int) -> np.nda
     return _truncated_normal(plan.seed, basis, index, plan.blocks.block_size)
 
 
+def block_of(plan: RoundPlan, start: int, stop: int) -> np.ndarray:
+    """Return the interleaved block of elements ``start..stop-1``: int64, ``(stop - start,)``.
+
+    Element i is in row i // L, and in column i mod L before row j is rotated by ⌊x_j L / 2³²⌋,
+    where x_j is the first output word at counter ``(j, 0, 33)``.
+    """
+    count = plan.blocks.count
+    row, column = np.divmod(np.arange(start, stop, dtype=np.int64), count)
+    words = philox4x32(_counters(row, 0, ROTATION), split_key(plan.seed))
+    return (column + (words[:, 0].astype(np.int64) * count >> 32)) % count
+
+
 def project(delta: np.ndarray, plan: RoundPlan) -> np.ndarray:
     """Return γ_{l,k} = Σ_{i in block l} v_{k,i} Δ_i (paper, Eq. 6 without its factor).
 
@@ -73,6 +86,10 @@ def project(delta: np.ndarray, plan: RoundPlan) -> np.ndarray:
     numpy.ndarray
         γ: float64, ``(K,)``.
     """
+    if plan.interleaved:
+        terms = basis_elements(plan, 0, 0, delta.size) * delta.astype(np.float64)
+        blocks = block_of(plan, 0, delta.size)
+        return np.bincount(blocks, weights=terms, minlength=plan.blocks.count)
     coefficients = []
     for block, count in enumerate(plan.bases_per_block):
         start = block * plan.blocks.block_size
@@ -97,7 +114,11 @@ def reconstruct(coefficients: np.ndarray, plan: RoundPlan) -> np.ndarray:
     numpy.ndarray
         Δ̂: float32, ``(d,)``.
     """
-    update = np.empty(plan.blocks.size, dtype=np.float32)
+    size = plan.blocks.size
+    if plan.interleaved:
+        published = np.asarray(coefficients, dtype=np.float32)
+        return published[block_of(plan, 0, size)] * basis_elements(plan, 0, 0, size)
+    update = np.empty(size, dtype=np.float32)
     for block, (first, count) in enumerate(zip(plan.offsets, plan.bases_per_block, strict=False)):
         start = block * plan.blocks.block_size
         piece = update[start : start + plan.blocks.block_size]

@@ -88,3 +88,34 @@ def signed_store(typingctx, out, words, count, c):  # type: ignore[no-untyped-de
 def signed_add(typingctx, out, words, count, c):  # type: ignore[no-untyped-def]
     """Add ±c to ``32 count`` floats at address ``out``."""
     return _signed_update(add=True)(typingctx, out, words, count, c)
+
+
+def _signed_move(subtract):  # type: ignore[no-untyped-def]
+    def typing(typingctx, out, x, words, count):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            out, x, words, count = arguments
+            with cgutils.for_range(builder, count) as loop:
+                target = _vector_at(builder, out, loop.index)
+                value = builder.load(_vector_at(builder, x, loop.index), align=4)
+                mask = _mask_at(builder, words, loop.index)
+                value = builder.select(mask, builder.fneg(value), value)
+                if subtract:
+                    value = builder.fsub(builder.load(target, align=4), value)
+                builder.store(value, target, align=4)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+
+    return typing
+
+
+@intrinsic
+def signed_copy(typingctx, out, x, words, count):  # type: ignore[no-untyped-def]
+    """Write ±x, from ``32 count`` floats at address ``x``, to address ``out``."""
+    return _signed_move(subtract=False)(typingctx, out, x, words, count)
+
+
+@intrinsic
+def signed_subtract(typingctx, out, x, words, count):  # type: ignore[no-untyped-def]
+    """Subtract ±x, from ``32 count`` floats at address ``x``, from those at address ``out``."""
+    return _signed_move(subtract=True)(typingctx, out, x, words, count)

@@ -1,0 +1,188 @@
+"""The kernels for interleaved blocks on processors: one read, or one read and write, of the model.
+
+The segments of `kernels.segments` are walked in tiles as in `kernels.cpu`. A tile meets the blocks
+in runs, each within one row of the index space, so adding to the blocks and reading from them are
+plain loops over memory that stays in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numba
+import numpy as np
+
+from ferret_flwr.projection.families import GROUP
+from ferret_flwr.projection.kernels.reference import ROTATION
+from ferret_flwr.projection.kernels.segments import Segments
+from ferret_flwr.projection.kernels.signs import signed_copy, signed_subtract
+from ferret_flwr.projection.kernels.tiles import (
+    ELEMENTS,
+    FLOAT32,
+    SIGNS,
+    TILE,
+    addresses_of,
+    at,
+    family_code,
+    jit,
+    jit_parallel,
+    kinds_of,
+    load,
+    normal_elements,
+    philox,
+    sign_words,
+)
+from ferret_flwr.projection.plan import RoundPlan
+
+PARTS = 16  # of the work of a projection, each with sums of its own; more while they stay small
+MOST_PARTS = 64
+MOST_SUMS = 2**22  # 32 MiB
+
+
+@jit
+def _run(index, stop, count, key_0, key_1):  # type: ignore[no-untyped-def]
+    """Return the block of element ``index``, and how many from there on lie side by side."""
+    row = index // count
+    column = index - row * count
+    word = philox(
+        np.uint32(row),
+        np.uint32(np.uint64(row) >> np.uint64(32)),
+        np.uint32(0),
+        np.uint32(ROTATION),
+        key_0,
+        key_1,
+    )[0]
+    block = column + np.int64(np.uint64(word) * np.uint64(count) >> np.uint64(32))
+    if block >= count:
+        block -= count
+    return block, min(stop - index, count - column, count - block)
+
+
+@jit_parallel
+def _project(before, after, dtype, start, length, count, sums, bounds, code):  # type: ignore[no-untyped-def]
+    family, key_0, key_1, scale = code
+    for part in numba.prange(len(bounds) - 1):
+        words, flat = np.empty((4, TILE), np.uint32), np.empty(4 * TILE, np.uint32)
+        x, y = np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32)
+        blocks = sums[part]
+        for s in range(bounds[part], bounds[part + 1]):
+            size = 4 if dtype[s] == FLOAT32 else 2
+            stop = start[s] + length[s]
+            group = start[s] // GROUP
+            while group * GROUP < stop:
+                low, high = max(start[s], group * GROUP), min(stop, (group + TILE) * GROUP)
+                groups = (high - group * GROUP + GROUP - 1) // GROUP
+                offset, first, elements = (low - start[s]) * size, low - group * GROUP, high - low
+                in_place = dtype[s] == FLOAT32 and after[s] == 0 and elements == groups * GROUP
+                delta = before[s] + offset if in_place else np.int64(x.ctypes.data)
+                if not in_place:
+                    load(x[first:], before[s] + offset, dtype[s], elements)
+                    if after[s] != 0:
+                        load(y[first:], after[s] + offset, dtype[s], elements)
+                        for i in range(first, first + elements):
+                            x[i] -= y[i]
+                if family == SIGNS:
+                    sign_words(flat, words, group, groups, 0, key_0, key_1)
+                    signed_copy(
+                        np.int64(y.ctypes.data),
+                        delta,
+                        np.int64(flat.ctypes.data),
+                        np.int64(4 * groups),
+                    )
+                else:
+                    normal_elements(y, group, groups, 0, key_0, key_1, scale)
+                    values = numba.carray(at(delta, numba.float32), (groups * GROUP,))
+                    for i in range(first, first + elements):
+                        y[i] *= values[i]
+                index = low
+                while index < high:
+                    block, run = _run(index, high, count, key_0, key_1)
+                    terms, into = y[index - group * GROUP :], blocks[block:]
+                    for i in range(run):
+                        into[i] += np.float64(terms[i])
+                    index += run
+                group += TILE
+
+
+@jit_parallel
+def _subtract(address, start, length, count, coefficients, bounds, code):  # type: ignore[no-untyped-def]
+    family, key_0, key_1, scale = code
+    for thread in numba.prange(len(bounds) - 1):
+        words, flat = np.empty((4, TILE), np.uint32), np.empty(4 * TILE, np.uint32)
+        c, v = np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32)
+        for s in range(bounds[thread], bounds[thread + 1]):
+            stop = start[s] + length[s]
+            group = start[s] // GROUP
+            while group * GROUP < stop:
+                low, high = max(start[s], group * GROUP), min(stop, (group + TILE) * GROUP)
+                groups = (high - group * GROUP + GROUP - 1) // GROUP
+                first, elements = low - group * GROUP, high - low
+                tile = address[s] + (low - start[s]) * 4
+                index = low
+                while index < high:
+                    block, run = _run(index, high, count, key_0, key_1)
+                    into, published = c[index - group * GROUP :], coefficients[block:]
+                    for i in range(run):
+                        into[i] = published[i]
+                    index += run
+                in_place = family == SIGNS and elements == groups * GROUP
+                if family == SIGNS:
+                    sign_words(flat, words, group, groups, 0, key_0, key_1)
+                    bits, values = np.int64(flat.ctypes.data), np.int64(c.ctypes.data)
+                    if in_place:
+                        signed_subtract(tile, values, bits, np.int64(4 * groups))
+                    else:
+                        signed_copy(values, values, bits, np.int64(4 * groups))
+                else:
+                    normal_elements(v, group, groups, 0, key_0, key_1, scale)
+                    for i in range(first, first + elements):
+                        c[i] *= v[i]
+                if not in_place:
+                    w = numba.carray(at(tile, numba.float32), (elements,))
+                    for i in range(elements):
+                        w[i] -= c[first + i]
+                group += TILE
+
+
+def project(
+    before: Sequence[np.ndarray],
+    after: Sequence[np.ndarray] | None,
+    segments: Segments,
+    plan: RoundPlan,
+) -> np.ndarray:
+    """Return γ of ``before − after``, or of ``before``, as `cpu.project` does: float64, ``(K,)``.
+
+    The sums are added up over a fixed number of parts, so no bit depends on the threads.
+    """
+    count = plan.blocks.count
+    parts = min(MOST_PARTS, max(PARTS, MOST_SUMS // count))
+    bounds = segments.divide(segments.length, parts)
+    sums = np.zeros((parts, count), dtype=np.float64)
+    ends = np.zeros_like(segments.start) if after is None else addresses_of(after, segments)
+    _project(
+        addresses_of(before, segments),
+        ends,
+        kinds_of(before, segments),
+        segments.start,
+        segments.length,
+        count,
+        sums,
+        bounds,
+        family_code(plan),
+    )
+    return sums.sum(axis=0)
+
+
+def subtract(
+    arrays: Sequence[np.ndarray], coefficients: np.ndarray, segments: Segments, plan: RoundPlan
+) -> None:
+    """Subtract Δ̂ from ``arrays`` in place, as `cpu.subtract` does."""
+    _subtract(
+        addresses_of(arrays, segments),
+        segments.start,
+        segments.length,
+        plan.blocks.count,
+        coefficients,
+        segments.divide(segments.length, numba.get_num_threads()),
+        family_code(plan),
+    )
