@@ -82,7 +82,6 @@ def test_methods_are_compared_at_equal_work(name: str) -> None:
         key: config.train.steps * (2 if config.method.startswith(("fedzo", "fedkseed")) else 3)
         for key, config in configs.items()
     }
-    assert work.pop("fedkseed-long") == 20 * 2 * configs["fedavg"].train.steps
     assert set(work.values()) == {work["fedavg"]}
     sketch = configs["fetchsgd-33kB"].sketch
     uplink = configs["ferret"].ferret.coefficients

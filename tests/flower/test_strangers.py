@@ -43,6 +43,7 @@ from ferret_flwr.flower.site import Site
 from ferret_flwr.follower import Follower
 from ferret_flwr.ledger import Ledger, LedgerError
 from ferret_flwr.projection.layout import Layout
+from ferret_flwr.projection.packing import pack_counts
 from ferret_flwr.snapshot import Snapshots
 from tests.flower.conftest import OK, SETTINGS, Federation, InProcess
 from tests.flower.test_rounds_match import fresh_replica
@@ -521,8 +522,10 @@ def coefficient(values: dict[str, Any], arrays: list[np.ndarray]) -> None:
     arrays[2].view(np.uint32)[0, 5] ^= 1  # of round 1
 
 
-def counts(values: dict[str, Any], arrays: list[np.ndarray]) -> None:
-    arrays[1][:2] += np.array([1, -1]).astype(np.uint8)
+def blocks(values: dict[str, Any], arrays: list[np.ndarray]) -> None:
+    count = values["entries"][0].pop("interleaved")  # as many bases, in one block for all
+    values["entries"][0]["block-size"] = 128 * 1000
+    arrays[1] = pack_counts(np.array([count]))
 
 
 def rate(values: dict[str, Any], arrays: list[np.ndarray]) -> None:
@@ -584,7 +587,7 @@ def protocol(values: dict[str, Any], arrays: list[np.ndarray]) -> None:
 UNCHAINED = "do not lead to the ledger that they name"
 EDITS = {
     coefficient: UNCHAINED,
-    counts: UNCHAINED,
+    blocks: UNCHAINED,
     rate: UNCHAINED,
     seed: UNCHAINED,
     family: UNCHAINED,
@@ -626,14 +629,21 @@ def test_changed_request_is_refused(edit, kind: str, scene: Scene) -> None:  # t
 
 
 def more_numbers(values: dict[str, Any], arrays: list[np.ndarray]) -> None:
-    arrays[0] = np.full_like(arrays[0], 100)  # bases for each block, fifty times as many
+    values["plan"]["interleaved"] = 513
 
 
-def test_request_for_more_numbers_is_refused(scene: Scene) -> None:
+def more_contiguous(values: dict[str, Any], arrays: list[np.ndarray]) -> None:
+    del values["plan"]["interleaved"]
+    values["plan"]["block-size"] = 128
+    arrays[0] = np.full(-(-values["header"]["size"] // 128), 100, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("edit", [more_numbers, more_contiguous], ids=lambda edit: edit.__name__)
+def test_request_for_more_numbers_is_refused(edit, scene: Scene) -> None:  # type: ignore[no-untyped-def]
     """How much a reply can reveal is for the node to say."""
     client = scene.federation.numpy_client(1)
     client.most_coefficients = 512
-    changed = edited(more_numbers)(scene.requests[ROUND][1])
+    changed = edited(edit)(scene.requests[ROUND][1])
     reply = client.to_client().fit(changed)
     assert "at most 'ferret.coefficients' = 512" in str(reply.metrics["error"])
     assert not reply.parameters.tensors

@@ -1,7 +1,6 @@
 """What is sent is what was meant, weighs what is said, and nothing else is understood."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,7 +60,12 @@ def test_a_byte_more_in_an_array_is_a_byte_more_on_the_wire() -> None:
     assert wire.message_nbytes(large, {}) == wire.message_nbytes(small, {}) + 1
 
 
-def test_recipe_stays_below_50_kb_each_way(tmp_path: Path) -> None:
+def without(values, key):  # type: ignore[no-untyped-def]
+    return {k: v for k, v in values.items() if k != key}
+
+
+@pytest.mark.parametrize(("blocks", "most"), [(0, 34_000), (512, 50_000)])
+def test_recipe_stays_below_50_kb_each_way(blocks: int, most: int) -> None:
     """A round of 8192 coefficients on 134,515,008 parameters, with most bases in few blocks."""
     from ferret_flwr.config import FerretConfig
     from ferret_flwr.ledger import Header
@@ -69,17 +73,18 @@ def test_recipe_stays_below_50_kb_each_way(tmp_path: Path) -> None:
 
     ledger = Ledger(Header("0" * 16, 134_515_008, "1" * 16))
     generator = np.random.Generator(np.random.Philox(key=1))
+    config = FerretConfig(blocks=blocks, allocation="energy" if blocks else "uniform")
     for _ in range(3):
-        plan = next_plan(ledger, FerretConfig(), seed=1)
+        plan = next_plan(ledger, config, seed=1)
         spread = np.exp(2 * generator.standard_normal(plan.num_coefficients))
         ledger = ledger.append(publish(plan, spread, 1.0))
-    plan = next_plan(ledger, FerretConfig(), seed=1)
-    assert plan.bases_per_block.max() > 127  # some counts need two bytes
+    plan = next_plan(ledger, config, seed=1)
+    assert (plan.bases_per_block.max() > 127) == bool(blocks)  # some counts need two bytes
     down = wire.message_nbytes(*wire.encode(wire.Request.of(ledger, 2, plan)))
     up = wire.message_nbytes(
         ndarrays_to_parameters([np.zeros(plan.num_coefficients, dtype=np.float32)]), {}
     )
-    assert up < down <= 50_000
+    assert up < down <= most
 
 
 @pytest.mark.parametrize(
@@ -89,7 +94,12 @@ def test_recipe_stays_below_50_kb_each_way(tmp_path: Path) -> None:
         (lambda v: {k: w for k, w in v.items() if k != "plan"}, "not valid"),
         (lambda v: v | {"header": {"layout": "x"}}, "not valid"),
         (lambda v: v | {"plan": v["plan"] | {"family": "cauchy"}}, "rademacher"),
-        (lambda v: v | {"plan": v["plan"] | {"block-size": 128_000}}, "bases per block"),
+        (lambda v: v | {"plan": without(v["plan"], "interleaved")}, "not valid"),
+        (lambda v: v | {"plan": v["plan"] | {"interleaved": 10**9}}, "at most one for each"),
+        (
+            lambda v: v | {"plan": without(v["plan"], "interleaved") | {"block-size": 128_000}},
+            "bases per block",
+        ),
         (lambda v: v | {"entries": v["entries"] * 3}, "not valid"),
         (lambda v: [v], "not valid"),
     ],
