@@ -12,7 +12,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export FLWR_HOME := $(CURDIR)/.flwr
 export FLWR_LOCAL_SUPERLINK_HTTP_API_PORT ?= 39271
 
-.PHONY: help demo compare test test-deployment check stop clean
+.PHONY: help demo compare test test-deployment check stop clean clean-kernels
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -47,6 +47,9 @@ check: $(INSTALLED)  ## set up, then format, lint and type checks
 
 stop:  ## end the SuperLink that this checkout leaves running
 	-pkill -f '[f]lower-superlink.*$(FLWR_HOME)/'  # the brackets keep this line from matching
+
+clean-kernels:  ## forget the compiled kernels
+	find . -name '*.nb[ic]' -not -path './.venv/*' -delete
 
 clean: stop  ## remove the environment, the SuperLink's files and the results
 	rm -rf $(VENV) .flwr results

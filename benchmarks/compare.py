@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plan import Plan, read_toml, selected, toml_value, typed
+from benchmarks.plan import Plan, pairs, read_toml, selected, toml_value, typed
 from benchmarks.runner import compare
 from ferret_flwr.config import ConfigError
 from ferret_flwr.training.errors import DataError, ModelError
@@ -48,11 +48,8 @@ def raw_plan(options: argparse.Namespace) -> dict[str, Any]:
         value = getattr(options, key.replace("-", "_"))
         if value is not None:
             raw[key] = value
-    for pair in options.set:
-        key, found, value = pair.partition("=")
-        if not found:
-            raise ConfigError(f"--set needs KEY=VALUE, got {pair!r}")
-        raw["settings"] = {**typed(raw, "settings", dict, {}), key: toml_value(value)}
+    if options.set:
+        raw["settings"] = {**typed(raw, "settings", dict, {}), **pairs(options.set)}
     Plan.of(raw)  # what follows relies on it
     everyone = [[name, *search] for search in options.search for name in raw["variants"]]
     for name, *search in everyone + options.search_for:

@@ -44,7 +44,7 @@ def seconds(work: Callable[[], Any]) -> float:
 def interleaved(elements: int, bases: int, family: str) -> RoundPlan:
     """Return a plan with interleaved blocks."""
     blocks = InterleavedBlocks.of(elements, bases)
-    return RoundPlan(1, SEED, family, blocks, np.ones(blocks.count, dtype=np.int64))
+    return RoundPlan(1, SEED, family, blocks)
 
 
 def contiguous(elements: int, blocks: int, bases: int, family: str) -> RoundPlan:

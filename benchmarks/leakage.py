@@ -113,7 +113,7 @@ class Attack:
 def uniform_plan(size: int, coefficients: int, seed: int) -> RoundPlan:
     """Return a round of ``coefficients`` bases, one for each interleaved block."""
     blocks = InterleavedBlocks.of(size, coefficients)
-    return RoundPlan(1, seed, CONFIG.ferret.family, blocks, np.ones(blocks.count, dtype=np.int64))
+    return RoundPlan(1, seed, CONFIG.ferret.family, blocks)
 
 
 def without(average: np.ndarray, rows: np.ndarray) -> np.ndarray:

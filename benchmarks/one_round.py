@@ -5,6 +5,8 @@
 trains the recipe's nodes as FedAvg does, and in each of the first rounds puts every setting's
 reconstruction in the place of the average update. The loss behind it is compared with the loss
 behind the average itself, so the training is done once, and what differs is the projection alone.
+Of the recipe's `ferret.*` keys only the number of coefficients counts.
+
 "lost" is the share of FedAvg's progress in the round that the reconstruction's noise takes away;
 below 0 it happened to help.
 
@@ -18,8 +20,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,11 +30,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.inputs import base_fingerprint, data_hashes, hardware
-from benchmarks.plan import flattened, read_toml, toml_value
+from benchmarks.plan import flattened, pairs, read_toml
 from benchmarks.plots import pyplot
 from benchmarks.summary import mean_std
 from ferret_flwr.config import Config, ConfigError, FerretConfig, parse
-from ferret_flwr.files import write_atomic
+from ferret_flwr.files import atomic_file, write_atomic
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.allocation import energies_of
 from ferret_flwr.projection.kernels.philox import derive_seed
@@ -47,6 +50,8 @@ Arrays = list[np.ndarray]
 
 def settings(coefficients: int) -> dict[str, FerretConfig]:
     """Return what is compared, by name: each differs from the first in what its name says."""
+    if coefficients < 16:
+        raise ConfigError(f"'ferret.coefficients' must be at least 16 here, got {coefficients}")
     base = FerretConfig(coefficients=coefficients)
     found = {
         "interleaved": base,
@@ -56,7 +61,9 @@ def settings(coefficients: int) -> dict[str, FerretConfig]:
         "bases per client": replace(base, bases="per-client"),
     }
     for blocks in (coefficients // 16, coefficients // 4, coefficients // 2, coefficients):
-        found[f"contiguous, L = {blocks}, uniform"] = replace(base, blocks=blocks)
+        found[f"contiguous, L = {blocks}, uniform"] = replace(
+            base, blocks=blocks, allocation="uniform"
+        )
     for allocation in ("norm", "variance", "energy"):
         found[f"contiguous, L = {coefficients // 16}, {allocation}"] = replace(
             base, blocks=coefficients // 16, allocation=allocation
@@ -64,7 +71,7 @@ def settings(coefficients: int) -> dict[str, FerretConfig]:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Round:
     """One round of FedAvg.
 
@@ -85,7 +92,7 @@ class Round:
     updates: list[Arrays]
     previous: Arrays | None
 
-    @property
+    @cached_property
     def average(self) -> Arrays:
         """Return the mean of the updates; nodes take equal steps, so they weigh the same."""
         return mean(self.updates)
@@ -116,11 +123,13 @@ def rounds(nodes: Sequence[Node], count: int) -> Iterator[Round]:
 def reconstruction(this: Round, layout: Layout, config: FerretConfig, seed: int) -> Arrays:
     """Return what the nodes' coefficients, averaged, are reconstructed to."""
     blocks = blocks_for(layout.size, config)
-    energies = np.ones(blocks.count)
-    if isinstance(blocks, Blocks) and this.previous is not None:
-        energies = energies_of(this.previous, layout, blocks)
+    counts = None
+    if isinstance(blocks, Blocks):
+        energies = np.ones(blocks.count)
+        if this.previous is not None:
+            energies = energies_of(this.previous, layout, blocks)
         energies = np.maximum(energies, config.energy_floor * energies.mean())
-    counts = bases_per_block(energies, blocks, config)
+        counts = bases_per_block(energies, blocks, config)
     plan = RoundPlan(this.number, derive_seed(seed, this.number), config.family, blocks, counts)
     if config.bases == "shared":
         return _hat(this.average, layout, plan)
@@ -153,9 +162,13 @@ def measure(config: Config, count: int, seeds: Sequence[int]) -> list[dict[str, 
 
 
 def _row(
-    this: Round, worker: Worker, compared: dict[str, FerretConfig], seeds: Sequence[int], loss: Any
+    this: Round,
+    worker: Worker,
+    compared: dict[str, FerretConfig],
+    seeds: Sequence[int],
+    loss: Callable[[Round, Arrays], float],
 ) -> dict[str, Any]:
-    before = loss(this, [np.float32(0)] * len(this.before))
+    before = loss(this, [np.zeros_like(array) for array in this.before])
     fedavg = loss(this, this.average)
     print(f"round {this.number}: loss {before:.4f}, after FedAvg {fedavg:.4f}", flush=True)
     lost: dict[str, list[float]] = {}
@@ -195,7 +208,9 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     np.atleast_1d(axes)[0].invert_yaxis()
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=110, format=path.suffix[1:])
+    draw.close(figure)
 
 
 def main() -> int:
@@ -206,16 +221,14 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--recipe", type=Path, required=True, help="a run-config file")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, choices=range(1, 6), default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the bases")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="over the recipe")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     options = parser.parse_args()
     try:
         own = flattened(read_toml(options.recipe))
-        for pair in options.set:
-            key, _, value = pair.partition("=")
-            own[key] = toml_value(value)
+        own |= pairs(options.set)
         config = parse(own)
         rows = measure(config, options.rounds, options.seeds)
     except (ConfigError, DataError, ModelError) as error:

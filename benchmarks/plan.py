@@ -148,6 +148,23 @@ def toml_value(text: str) -> Any:
         return text
 
 
+def pairs(options: Iterable[str]) -> Settings:
+    """Return what ``KEY=VALUE`` options set.
+
+    Raises
+    ------
+    ConfigError
+        If one has no ``=``.
+    """
+    found = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ConfigError(f"--set needs KEY=VALUE, got {option!r}")
+        found[key] = toml_value(value)
+    return found
+
+
 def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested tables as dotted keys."""
     flat: dict[str, Any] = {}

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from ferret_flwr.projection.plan import PlanError, RoundPlan
 from ferret_flwr.replica import Replica, ReplicaError
 from ferret_flwr.report import environment, nbytes_text
 from ferret_flwr.rounds import bases_per_block, block_energies, blocks_for
+
+if TYPE_CHECKING:
+    from ferret_flwr.training.models import LanguageModel
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,7 +164,7 @@ def _kernel_error() -> str:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from ferret_flwr.training.forecast import gradient_energies, projection_seconds
+    from ferret_flwr.training.forecast import projection_seconds
     from ferret_flwr.training.models import load_model
     from ferret_flwr.training.tensors import trainable_parameters
 
@@ -178,27 +182,11 @@ def _plan(options: argparse.Namespace) -> None:
     if isinstance(blocks, InterleavedBlocks):
         if options.ledger is not None:
             raise ConfigError("--ledger tells energies of contiguous blocks, see --blocks")
-        energies, source = np.ones(blocks.count), ""
-    elif options.ledger is not None:
-        energies = block_energies(_ledger_for(options, layout, blocks), blocks, config)
-        source = f"the ledger '{options.ledger}'"
+        plan = RoundPlan(2, 0, config.family, blocks)
+        kind = f"{blocks.count:,} interleaved, one basis each"
+        cosines = [f"cos {np.sqrt(blocks.count / layout.size):.4f} ≈ √(K/d), whatever the update"]
     else:
-        energies, source = gradient_energies(lm, layout, blocks), "one gradient of this model"
-    counts = bases_per_block(energies, blocks, config)
-    plan = RoundPlan(2, 0, config.family, blocks, counts)
-    cosines = [f"cos {np.sqrt(min(1.0, plan.num_coefficients / layout.size)):.4f} = √(K/d), "
-               "whatever the update"]  # fmt: skip
-    kind = f"{blocks.count:,} interleaved, one basis each"
-    if isinstance(blocks, Blocks):
-        first = allocate("uniform", energies, blocks, config.coefficients)
-        kind = (f"{blocks.count:,} of {blocks.block_size:,} parameters; bases per block "
-                f"{counts.min()} to {counts.max()} ({config.allocation})")  # fmt: skip
-        cosines = [
-            f"cos {np.sqrt(config.coefficients / layout.size):.4f} = √(K/d) for an even update",
-            f"cos {expected_fidelity(energies, blocks, first):.4f} in round 1 (uniform), "
-            f"{expected_fidelity(energies, blocks, counts):.4f} after it, with energies from "
-            f"{source}",
-        ]
+        plan, kind, cosines = _plan_of_contiguous(options, config, lm, layout, blocks)
     up = 4 * plan.num_coefficients
     down = payload_nbytes(plan)
     seconds = projection_seconds(plan)
@@ -221,16 +209,42 @@ def _plan(options: argparse.Namespace) -> None:
         print(f"{name:<16} {text}")
 
 
+def _plan_of_contiguous(
+    options: argparse.Namespace, config: FerretConfig, lm: LanguageModel, layout: Layout,
+    blocks: Blocks,
+) -> tuple[RoundPlan, str, list[str]]:  # fmt: skip
+    """Return the plan of a round behind the first, what its blocks are, and what it gives."""
+    from ferret_flwr.training.forecast import gradient_energies
+
+    if options.ledger is not None:
+        energies = block_energies(_ledger_for(options, layout, blocks), blocks, config)
+        source = f"the ledger '{options.ledger}'"
+    else:
+        energies, source = gradient_energies(lm, layout, blocks), "one gradient of this model"
+    counts = bases_per_block(energies, blocks, config)
+    first = allocate("uniform", energies, blocks, config.coefficients)
+    kind = (
+        f"{blocks.count:,} of {blocks.block_size:,} parameters; bases per block {counts.min()} to "
+        f"{counts.max()} ({config.allocation})"
+    )
+    cosines = [
+        f"cos {np.sqrt(config.coefficients / layout.size):.4f} ≈ √(K/d) for an even update",
+        f"cos {expected_fidelity(energies, blocks, first):.4f} in round 1 (uniform), "
+        f"{expected_fidelity(energies, blocks, counts):.4f} after it, with energies from {source}",
+    ]
+    return RoundPlan(2, 0, config.family, blocks, counts), kind, cosines
+
+
 def _ledger_for(options: argparse.Namespace, layout: Layout, blocks: Blocks) -> Ledger:
     """Load ``--ledger``, which must tell something about these blocks of this model."""
     ledger = Ledger.load(options.ledger)
     this = replace(ledger.header, layout=layout.fingerprint, size=layout.size)
     ledger.header.check(this, f"'{options.model}'")
-    known = {entry.plan.blocks for entry in ledger.entries}
+    known = {e.plan.blocks for e in ledger.entries if isinstance(e.plan.blocks, Blocks)}
     if blocks not in known:
-        counts = ", ".join(str(other.count) for other in known) or "no rounds"
+        counts = ", ".join(str(other.count) for other in known) or "none"
         raise LedgerError(
-            f"'{options.ledger}' says nothing about {blocks.count} blocks, it has {counts}; "
+            f"'{options.ledger}' says nothing about {blocks.count} blocks, it has {counts}: "
             "see --blocks"
         )
     return ledger
@@ -243,13 +257,14 @@ def _ledger_show(options: argparse.Namespace) -> None:
     print(f"parameters   {header.size:,}")
     print(f"head         {ledger.head}")
     print(f"size         {nbytes_text(ledger.nbytes)} in {len(ledger)} rounds\n")
-    titles = ("round", "family", "seeds", "L", "K", "max K_l", "rate", "parameters after")
-    print("{:>5}  {:<16} {:>5} {:>7} {:>8} {:>7} {:>7}  {}".format(*titles))
+    titles = ("round", "family", "seeds", "blocks", "K", "max K_l", "rate", "parameters after")
+    print("{:>5}  {:<16} {:>5} {:>11} {:>8} {:>7} {:>7}  {}".format(*titles))
     for entry in ledger.entries:
         plan = entry.plan
         print(
-            f"{entry.round:>5}  {plan.family:<16} {len(entry.seeds):>5} {plan.blocks.count:>7} "
-            f"{plan.num_coefficients:>8} {plan.bases_per_block.max():>7} {entry.rate:>7.3g}  "
+            f"{entry.round:>5}  {plan.family:<16} {len(entry.seeds):>5} "
+            f"{'interleaved' if plan.interleaved else plan.blocks.count:>11} "
+            f"{plan.num_coefficients:>8} {plan.counts.max():>7} {entry.rate:>7.3g}  "
             f"{entry.fingerprint or '(not known)'}"
         )
 

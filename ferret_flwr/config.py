@@ -109,6 +109,9 @@ class StrategyConfig:
     round_timeout: float = _within(0.0, 0.0)  # seconds until a round goes on without a node; 0 = no
 
 
+CONTIGUOUS_ONLY = ("allocation", "max_per_block", "energy_decay", "energy_floor", "warmup_rate")
+
+
 @dataclass(frozen=True)
 class FerretConfig:
     """The projection and the server's step (`ferret.*`)."""
@@ -117,12 +120,14 @@ class FerretConfig:
     blocks: int = _within(0, 0)  # L contiguous blocks, at most K; 0 = K interleaved ones
     family: str = _one_of("rademacher", "truncated-normal")
     bases: str = _one_of("shared", "per-client")
-    allocation: str = _one_of("uniform", "energy", "variance", "norm")  # of contiguous blocks
+    # Of contiguous blocks only:
+    allocation: str = _one_of("energy", "variance", "norm", "uniform")
     max_per_block: int = _within(512, 1)  # cap on K_l
     energy_decay: float = _within(0.5, 0.0, 1.0)  # weight of the past in the moving average
     energy_floor: float = _within(1e-3, 0.0, 1.0)  # share of the mean energy
-    server_rate: float = _within(1.0, 0.0)  # 1.0 = apply the average update
     warmup_rate: float = _within(0.3, 0.0)  # factor on the rate before energies are known
+    # Of any blocks:
+    server_rate: float = _within(1.0, 0.0)  # 1.0 = apply the average update
     rate_schedule: str = _one_of("constant", "linear", "cosine")
     max_norm_ratio: float = _within(1000.0, 0.0)  # longer replies are refused; 0 = none
     resume: str = ""  # a ledger file to continue from
@@ -137,12 +142,15 @@ class FerretConfig:
                 f"'ferret.blocks' must be at most 'ferret.coefficients' = {self.coefficients}, "
                 f"got {self.blocks}"
             )
-        if not self.blocks and self.allocation != "uniform":
-            wrong.append(
-                f"'ferret.allocation' = '{self.allocation}' needs contiguous blocks: set "
-                f"'ferret.blocks', for example to {max(1, self.coefficients // 16)}; interleaved "
-                "ones ('ferret.blocks' = 0) have one basis each"
-            )
+        if not self.blocks:
+            default = FerretConfig()
+            for name in CONTIGUOUS_ONLY:
+                if (value := getattr(self, name)) != getattr(default, name):
+                    wrong.append(
+                        f"'ferret.{name.replace('_', '-')}' = {value!r} is for contiguous blocks: "
+                        f"set 'ferret.blocks', for example to {max(1, self.coefficients // 16)}; "
+                        "0 means interleaved ones, with one basis each"
+                    )
         return wrong
 
 

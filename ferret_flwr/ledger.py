@@ -24,7 +24,8 @@ from ferret_flwr.projection.layout import AnyBlocks, Blocks, InterleavedBlocks
 from ferret_flwr.projection.packing import pack_counts, packed_nbytes, unpack_counts
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 
-FORMAT = "ferret-ledger-1"
+FORMAT = "ferret-ledger-2"
+FORMATS = ("ferret-ledger-1", FORMAT)  # the first has no interleaved blocks
 
 
 class LedgerError(ValueError):
@@ -136,7 +137,7 @@ def pack_plan(plan: RoundPlan) -> tuple[dict[str, Any], np.ndarray]:
     """Return a plan as JSON values and its packed bases per block, none if interleaved."""
     meta: dict[str, Any] = {"round": plan.round, "seed": plan.seed, "family": plan.family}
     if isinstance(plan.blocks, Blocks):
-        return meta | {"block-size": plan.blocks.block_size}, pack_counts(plan.bases_per_block)
+        return meta | {"block-size": plan.blocks.block_size}, pack_counts(plan.counts)
     return meta | {"interleaved": plan.blocks.count}, np.zeros(0, dtype=np.uint8)
 
 
@@ -145,16 +146,14 @@ def unpack_plan(meta: dict[str, Any], counts: np.ndarray, size: int) -> RoundPla
     blocks: AnyBlocks
     if "interleaved" in meta:
         blocks = InterleavedBlocks(size, int(meta["interleaved"]))
-        if counts.size:
-            raise PlanError("interleaved blocks come with bases per block")
-        bases = np.ones(blocks.count, dtype=np.int64)
+        bases = unpack_counts(counts) if counts.size else None
     else:
         blocks, bases = Blocks(size, int(meta["block-size"])), unpack_counts(counts)
     return RoundPlan(int(meta["round"]), int(meta["seed"]), meta["family"], blocks, bases)
 
 
 def _counts_nbytes(plan: RoundPlan) -> int:
-    return 0 if plan.interleaved else packed_nbytes(plan.bases_per_block)
+    return 0 if plan.interleaved else packed_nbytes(plan.counts)
 
 
 def payload_nbytes(plan: RoundPlan, seeds: int = 1) -> int:
@@ -267,8 +266,10 @@ class Ledger:
             length = int.from_bytes(content[:8], "little")
             meta = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["ferret"])
             head, checksum = meta.pop("head"), meta.pop("checksum")
-            if meta.get("format") != FORMAT:
-                raise LedgerError(f"its format is {meta.get('format')!r}, expected '{FORMAT}'")
+            if meta.get("format") not in FORMATS:
+                raise LedgerError(
+                    f"its format is {meta.get('format')!r}, expected {' or '.join(FORMATS)}"
+                )
             if checksum != _checksum(meta):
                 raise LedgerError("its description has been changed")
             ledger = cls(Header(**meta["header"]))

@@ -25,7 +25,8 @@ def next_plan(ledger: Ledger, config: FerretConfig, seed: int) -> RoundPlan:
     Parameters
     ----------
     ledger
-        The rounds published so far; their coefficients tell where the update's energy lies.
+        The rounds published so far; their coefficients tell which contiguous blocks have most of
+        the update's energy.
     config
         How many bases, of which family, and how to allocate them.
     seed
@@ -38,7 +39,9 @@ def next_plan(ledger: Ledger, config: FerretConfig, seed: int) -> RoundPlan:
     """
     blocks = blocks_for(ledger.header.size, config)
     number = len(ledger) + 1
-    counts = bases_per_block(block_energies(ledger, blocks, config), blocks, config)
+    counts = None
+    if isinstance(blocks, Blocks):
+        counts = bases_per_block(block_energies(ledger, blocks, config), blocks, config)
     return RoundPlan(number, derive_seed(seed, number), config.family, blocks, counts)
 
 
@@ -48,7 +51,7 @@ def blocks_for(size: int, config: FerretConfig) -> AnyBlocks:
     Raises
     ------
     ConfigError
-        If the keys contradict each other, or there are fewer coefficients than blocks.
+        If the keys contradict each other, see `FerretConfig.contradictions`.
     """
     if wrong := config.contradictions():
         raise ConfigError("\n".join(wrong))
@@ -57,15 +60,13 @@ def blocks_for(size: int, config: FerretConfig) -> AnyBlocks:
     return Blocks.of(size, config.blocks)
 
 
-def bases_per_block(energies: np.ndarray, blocks: AnyBlocks, config: FerretConfig) -> np.ndarray:
+def bases_per_block(energies: np.ndarray, blocks: Blocks, config: FerretConfig) -> np.ndarray:
     """Return K_l for blocks with ``energies``, see `allocate`; only `energy` is capped."""
-    if isinstance(blocks, InterleavedBlocks):
-        return np.ones(blocks.count, dtype=np.int64)
     cap = config.max_per_block if config.allocation == "energy" else None
     return allocate(config.allocation, energies, blocks, config.coefficients, cap)
 
 
-def block_energies(ledger: Ledger, blocks: AnyBlocks, config: FerretConfig) -> np.ndarray:
+def block_energies(ledger: Ledger, blocks: Blocks, config: FerretConfig) -> np.ndarray:
     """Estimate ‖Δ_l‖² of the coming round from the published coefficients of the past.
 
     γ² / ρ is an unbiased estimate of ‖Δ_l‖², averaged over a block's bases, then over rounds by
@@ -74,11 +75,8 @@ def block_energies(ledger: Ledger, blocks: AnyBlocks, config: FerretConfig) -> n
     Returns
     -------
     numpy.ndarray
-        float64, ``(L,)``; all ones before the first round, and for interleaved blocks, which
-        are other ones in every round.
+        float64, ``(L,)``; all ones before the first round.
     """
-    if isinstance(blocks, InterleavedBlocks):
-        return np.ones(blocks.count)
     energies = None
     for entry in ledger.entries:
         if entry.plan.blocks == blocks and entry.rate > 0:
@@ -94,7 +92,7 @@ def _entry_energies(entry: Entry) -> np.ndarray:
     plan = entry.plan
     projected = entry.coefficients.astype(np.float64) / (entry.rate * plan.unbiased_scale())
     squares = np.add.reduceat((projected**2).mean(axis=0), plan.offsets[:-1])
-    return squares / (plan.bases_per_block * plan.second_moment)
+    return squares / (plan.counts * plan.second_moment)
 
 
 def server_rate(config: FerretConfig, plan: RoundPlan, ledger: Ledger, num_rounds: int) -> float:
@@ -112,8 +110,8 @@ def server_rate(config: FerretConfig, plan: RoundPlan, ledger: Ledger, num_round
     num_rounds
         Length of the run, which the decaying schedules need.
     """
-    unknown = not any(entry.plan.blocks == plan.blocks for entry in ledger.entries)
-    if unknown and not plan.interleaved:
+    adaptive = not plan.interleaved and config.allocation != "uniform"
+    if adaptive and not any(entry.plan.blocks == plan.blocks for entry in ledger.entries):
         return config.server_rate * config.warmup_rate
     done = min(1.0, (plan.round - 1) / max(1, num_rounds))
     factor = {

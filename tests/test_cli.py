@@ -37,7 +37,6 @@ CONFIG = parse(
         "train.seq-length": 128,
         "ferret.coefficients": 64,
         "ferret.blocks": 32,
-        "ferret.allocation": "energy",
         "ferret.warmup-rate": 1.0,
     }
 )
@@ -183,17 +182,18 @@ def test_the_energies_of_a_plan_are_a_gradients(count):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        ["-k", "0"],
-        ["--blocks", "-1"],
-        ["--blocks", "9", "-k", "5"],
-        ["--allocation", "energy"],
-        ["--ledger", "any"],
+        (["-k", "0"], "at least one element and one block"),
+        (["--blocks", "-1"], "at least one element and one block"),
+        (["--blocks", "9", "-k", "5"], "'ferret.blocks' must be at most"),
+        (["--allocation", "norm"], "'ferret.allocation' = 'norm' is for contiguous blocks"),
+        (["--max-per-block", "9"], "'ferret.max-per-block' = 9 is for contiguous blocks"),
+        (["--ledger", "any"], "--ledger tells energies of contiguous blocks"),
     ],
 )
-def test_plan_refuses(capsys, options):
-    error_of(capsys, "plan", "--model", "builtin:tiny", *options)
+def test_plan_refuses(capsys, options, message):
+    assert message in error_of(capsys, "plan", "--model", "builtin:tiny", *options)
 
 
 def test_plan_refuses_a_ledger_of_another_model(capsys, tmp_path):
@@ -206,10 +206,10 @@ def test_plan_refuses_a_ledger_of_another_model(capsys, tmp_path):
 def test_plan_refuses_a_ledger_with_other_blocks(capsys, tmp_path, trained, ledger):
     arguments = ["plan", "--model", "builtin:tiny", "--ledger"]
     line = error_of(capsys, *arguments, ledger, "-k", "128", "--blocks", "8")
-    assert f"'{ledger}' says nothing about 8 blocks, it has 32;" in line
+    assert f"'{ledger}' says nothing about 8 blocks, it has 32:" in line
     trained[0].until(0).save(tmp_path / "empty")
     line = error_of(capsys, *arguments, tmp_path / "empty", "-k", "64", "--blocks", "32")
-    assert "says nothing about 32 blocks, it has no rounds;" in line
+    assert "says nothing about 32 blocks, it has none:" in line
     call(capsys, *arguments, ledger, "-k", "128", "--blocks", "32")
 
 
@@ -220,7 +220,7 @@ def test_show(capsys, ledger, trained):
     assert f"{SIZE:,}" in row(out, "parameters")
     rounds = [line.split() for line in out.splitlines()[-ROUNDS:]]
     for cells, entry in zip(rounds, trained[0].entries, strict=True):
-        most = str(entry.plan.bases_per_block.max())
+        most = str(entry.plan.counts.max())
         expected = [str(entry.round), "rademacher", "1", "32", "64", most, "1", entry.fingerprint]
         assert cells == expected
 

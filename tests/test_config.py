@@ -10,7 +10,7 @@ import pytest
 from flwr.common.config import flatten_dict
 
 import ferret_flwr
-from ferret_flwr.config import Config, ConfigError, defaults, flatten, parse
+from ferret_flwr.config import CONTIGUOUS_ONLY, Config, ConfigError, defaults, flatten, parse
 
 PYPROJECT = Path(ferret_flwr.__file__).parents[1] / "pyproject.toml"
 
@@ -23,7 +23,7 @@ OTHER_CHOICE = {
     "train.schedule": "cosine",
     "ferret.family": "truncated-normal",
     "ferret.bases": "per-client",
-    "ferret.allocation": "energy",
+    "ferret.allocation": "uniform",
     "ferret.rate-schedule": "linear",
 }
 
@@ -132,11 +132,14 @@ def test_choices(key):
     _errors({key: allowed[0].upper()})
 
 
-def test_an_allocation_needs_contiguous_blocks():
-    (line,) = _errors({"ferret.allocation": "energy", "ferret.coefficients": 320})
-    assert line.startswith("'ferret.allocation' = 'energy' needs contiguous blocks: set 'ferret.bl")
+@pytest.mark.parametrize("name", CONTIGUOUS_ONLY)
+def test_what_is_for_contiguous_blocks_needs_them(name):
+    key = f"ferret.{name.replace('_', '-')}"
+    other = _other(key, defaults()[key])
+    (line,) = _errors({key: other, "ferret.coefficients": 320})
+    assert line.startswith(f"'{key}' = {other!r} is for contiguous blocks: set 'ferret.blocks', ")
     assert "for example to 20;" in line
-    assert parse({"ferret.allocation": "energy", "ferret.blocks": 20}).ferret.blocks == 20
+    assert _at(parse({key: other, "ferret.blocks": 20}), key) == other
 
 
 @pytest.mark.parametrize(
@@ -163,7 +166,7 @@ def test_an_allocation_needs_contiguous_blocks():
     ],
 )
 def test_ranges(key, edge, beyond, allowed):
-    assert _at(parse({key: edge}), key) == edge
+    assert _at(parse({"ferret.blocks": 1, key: edge}), key) == edge
     (line,) = _errors({key: beyond})
     assert line.startswith(f"'{key}' must be {allowed}, got {beyond}")
 

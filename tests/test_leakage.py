@@ -14,7 +14,7 @@ from ferret_flwr.flower.wire import node_seed
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.allocation import allocate
 from ferret_flwr.projection.kernels import reference
-from ferret_flwr.projection.layout import Blocks, Layout
+from ferret_flwr.projection.layout import Blocks, InterleavedBlocks, Layout
 from ferret_flwr.projection.plan import RoundPlan
 
 BLOCK, BLOCKS, K = 128, 16, 128
@@ -59,7 +59,7 @@ def noise(plan: RoundPlan) -> float:
     The first term is the bases' chance. The second is the vectors' own, which do not meet at an
     exact right angle: it is there with the full update, too, and small where K is far below d.
     """
-    counts, total = plan.bases_per_block, plan.num_coefficients
+    counts, total = plan.counts, plan.num_coefficients
     return math.sqrt(1 / total + (counts**2 / plan.blocks.lengths).sum() / total**2)
 
 
@@ -72,6 +72,8 @@ def test_noise_of_an_example_that_was_not_there_is_one_over_root_k():
     even = np.ones(BLOCKS)
     plan, half = make_plan(energies=even), make_plan(total=K // 2, energies=even)
     found = correlations(plan, even, np.ones(K), DRAWS)
+    dealt = RoundPlan(1, 0, "rademacher", InterleavedBlocks(SIZE, K))
+    assert spreads_by(correlations(dealt, even, np.ones(K), DRAWS), noise(plan))
     assert noise(plan) == pytest.approx(math.sqrt(1 / K + 1 / SIZE))
     assert noise(plan) == pytest.approx(1 / math.sqrt(K), rel=0.04)
     assert spreads_by(found, noise(plan))

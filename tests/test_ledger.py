@@ -10,7 +10,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from ferret_flwr.ledger import Entry, Header, Ledger, LedgerError
-from ferret_flwr.projection.layout import Blocks
+from ferret_flwr.projection.layout import Blocks, InterleavedBlocks
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 
 SIZE = 700
@@ -42,7 +42,7 @@ def values(entry):
     """Return everything in ``entry`` as values that compare."""
     plan = entry.plan
     return (
-        (plan.round, plan.seed, plan.family, plan.blocks, plan.bases_per_block.tolist()),
+        (plan.round, plan.seed, plan.family, plan.blocks, plan.counts.tolist()),
         (entry.seeds, entry.coefficients.tobytes(), entry.coefficients.shape),
         (entry.rate, entry.fingerprint),
     )
@@ -77,6 +77,64 @@ def test_save_and_load(ledger, tmp_path, rounds):
     assert same(loaded, ledger)
     assert len(loaded) == rounds
     assert loaded.to_bytes() == ledger.to_bytes()
+
+
+@pytest.fixture
+def mixed(ledger):
+    """Return a ledger whose fourth round has interleaved blocks."""
+    plan = RoundPlan(4, 14, "rademacher", InterleavedBlocks(SIZE, 5))
+    return ledger.append(make_entry(4, plan))
+
+
+def test_interleaved_blocks_behind_contiguous_ones(mixed):
+    loaded = Ledger.from_bytes(mixed.to_bytes(), "file")
+    assert same(loaded, mixed)
+    assert loaded.entries[3].plan.blocks == InterleavedBlocks(SIZE, 5)
+    assert mixed.entries[3].nbytes == 4 * 5
+    moved = replace(mixed.entries[3].plan, blocks=InterleavedBlocks(SIZE + 1, 5))
+    assert mixed.until(3).append(mixed.entries[3]).head == mixed.head
+    with pytest.raises(LedgerError, match="701 parameters"):
+        mixed.until(3).append(make_entry(4, moved))
+
+
+def _claims_more(meta, tensors):
+    meta["entries"][3]["interleaved"] = 6
+
+
+def _claims_a_whale(meta, tensors):
+    meta["header"]["size"] = 10**15
+    meta["entries"] = [meta["entries"][3] | {"round": 1, "interleaved": 2**31 - 1}]
+    for part in ("bases-per-block", "coefficients"):
+        tensors[f"00001.{part}"] = tensors[f"00004.{part}"]
+
+
+def _has_bases(meta, tensors):
+    tensors["00004.bases-per-block"] = np.ones(5, dtype=np.uint8)
+
+
+def _is_no_number(meta, tensors):
+    meta["entries"][3]["interleaved"] = None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_claims_more, "round 4 has K = 6 coefficients, got shape"),
+        (_claims_a_whale, "round 1 has K = 2147483647 coefficients, got shape"),
+        (_has_bases, "bases per block are for contiguous blocks"),
+        (_is_no_number, "not a valid ledger"),
+    ],
+)
+def test_a_forged_interleaved_round(mixed, change, message):
+    with pytest.raises(LedgerError, match=message):
+        Ledger.from_bytes(forge(mixed.to_bytes(), change), "file")
+
+
+def test_the_first_format_is_read(ledger):
+    def first(meta, tensors):
+        meta["format"] = "ferret-ledger-1"
+
+    assert same(Ledger.from_bytes(forge(ledger.to_bytes(), first), "file"), ledger)
 
 
 def test_what_is_the_same_is_the_same(ledger):
@@ -207,8 +265,8 @@ def _set(where, key, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set(None, "format", "ferret-ledger-2"), "'ferret-ledger-2', expected 'ferret-ledger-1'"),
-        (_set(None, "format", None), "None, expected 'ferret-ledger-1'"),
+        (_set(None, "format", "ferret-ledger-3"), "'ferret-ledger-3', expected ferret-ledger-1"),
+        (_set(None, "format", None), "None, expected ferret-ledger-1"),
         (_set(None, "entries", 3), "TypeError"),
         (_set("header", "size", SIZE + 400), "bases per block must be"),
         (_set("header", "size", "many"), "TypeError"),

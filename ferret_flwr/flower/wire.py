@@ -24,7 +24,7 @@ from ferret_flwr.projection.kernels.philox import derive_seed
 from ferret_flwr.projection.plan import RoundPlan
 
 KEY = "ferret"
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class ProtocolError(ValueError):

@@ -110,8 +110,8 @@ class InterleavedBlocks:
     """The index space 0..d-1 dealt out to L blocks: rows of L elements, a block to each column.
 
     Each row is first rotated by a random offset of the round, see `reference.block_of`. So every
-    block gets the same mix of all tensors, and two elements of different rows share a block with
-    probability 1/L, whatever the model's shapes. With one basis to a block this is the hashing of a
+    block gets a mix of all tensors: two elements of different rows share a block with probability
+    1/L, whatever the model's shapes, and two of one row never. But for that, it is the hashing of a
     count sketch with one row (Charikar et al., 2002).
     """
 
@@ -135,7 +135,7 @@ class InterleavedBlocks:
 
     @property
     def block_size(self) -> int:
-        """Return b, the most elements of a block, or `GROUP` if that is more."""
+        """Return b, the most elements of a block, but at least the 128 that a family relies on."""
         return max(GROUP, math.ceil(self.size / self.count))
 
     @property

@@ -32,14 +32,15 @@ class RoundPlan:
     blocks
         How 0..d-1 is cut.
     bases_per_block
-        K_l, at least 1 each, and 1 each where blocks are interleaved: int64, ``(L,)``.
+        K_l of contiguous blocks, at least 1 each: int64, ``(L,)``. Interleaved ones have 1 each,
+        and take None.
     """
 
     round: int
     seed: int
     family: str
     blocks: AnyBlocks
-    bases_per_block: np.ndarray
+    bases_per_block: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         """Check what the kernels rely on."""
@@ -47,6 +48,14 @@ class RoundPlan:
             raise PlanError(f"family must be one of {', '.join(FAMILIES)}, got '{self.family}'")
         if not 0 <= self.seed < 2**63:
             raise PlanError(f"seed must be in 0..2^63-1, got {self.seed}")
+        if self.interleaved != (self.bases_per_block is None):
+            raise PlanError("bases per block are for contiguous blocks, and only for them")
+        if self.bases_per_block is None:
+            if self.blocks.count > MOST_BASES:
+                raise PlanError(
+                    f"a round has at most {MOST_BASES} bases, got {self.blocks.count} blocks"
+                )
+            return
         if not np.issubdtype(self.bases_per_block.dtype, np.integer):
             raise PlanError(f"bases per block must be integers, got {self.bases_per_block.dtype}")
         counts = np.ascontiguousarray(self.bases_per_block, dtype=np.int64)
@@ -59,8 +68,6 @@ class RoundPlan:
             raise PlanError(
                 f"a round has at most {MOST_BASES} bases, got {counts.max()} in a block"
             )
-        if self.interleaved and counts.max() > 1:
-            raise PlanError(f"an interleaved block has one basis, got {counts.max()}")
         object.__setattr__(self, "bases_per_block", counts)
 
     @property
@@ -71,12 +78,19 @@ class RoundPlan:
     @cached_property
     def offsets(self) -> np.ndarray:
         """Position of each block's first coefficient, then K: int64, ``(L + 1,)``."""
-        return np.concatenate([[0], np.cumsum(self.bases_per_block)])
+        return np.concatenate([[0], np.cumsum(self.counts)])
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Return K_l of any blocks: int64, ``(L,)``."""
+        if self.bases_per_block is None:
+            return np.ones(self.blocks.count, dtype=np.int64)
+        return self.bases_per_block
 
     @property
     def num_coefficients(self) -> int:
         """Return K = Σ K_l."""
-        return int(self.offsets[-1])
+        return self.blocks.count if self.interleaved else int(self.offsets[-1])
 
     @property
     def second_moment(self) -> float:
@@ -85,7 +99,7 @@ class RoundPlan:
 
     def unbiased_scale(self) -> np.ndarray:
         """Return 1/(ρ K_l) for each coefficient (paper, Eq. 6): float64, ``(K,)``."""
-        return np.repeat(1 / (self.second_moment * self.bases_per_block), self.bases_per_block)
+        return np.repeat(1 / (self.second_moment * self.counts), self.counts)
 
     def with_seed(self, seed: int) -> RoundPlan:
         """Return the same plan with the bases of another ``seed``."""

@@ -27,14 +27,15 @@ def gradient_energies(lm: LanguageModel, layout: Layout, blocks: Blocks) -> np.n
     tokens = lm.tokenizer(PROBE_TEXT, return_tensors="pt").input_ids
     model = lm.model
     model(input_ids=tokens, labels=tokens).loss.backward()
-    gradients = [
+    gradients = (
         np.zeros(parameter.shape, dtype=np.float32)
         if parameter.grad is None
         else parameter.grad.float().numpy()
         for parameter in trainable_parameters(model).values()
-    ]
+    )
+    energies = energies_of(gradients, layout, blocks)
     model.zero_grad(set_to_none=True)
-    return energies_of(gradients, layout, blocks)
+    return energies
 
 
 def projection_seconds(plan: RoundPlan) -> float:
@@ -44,7 +45,7 @@ def projection_seconds(plan: RoundPlan) -> float:
     """
     if plan.interleaved:
         blocks = InterleavedBlocks.of(SAMPLE_ELEMENTS, plan.blocks.count)
-        sample = RoundPlan(1, 1, plan.family, blocks, np.ones(blocks.count, dtype=np.int64))
+        sample = RoundPlan(1, 1, plan.family, blocks)
         return _seconds(sample) * plan.blocks.size / SAMPLE_ELEMENTS
     cut = Blocks.of(SAMPLE_ELEMENTS, 512)
     one, three = (
@@ -52,7 +53,7 @@ def projection_seconds(plan: RoundPlan) -> float:
         for bases in (1, 3)
     )
     per_basis = max((three - one) / 2, 0.0)
-    work = float((plan.blocks.lengths * plan.bases_per_block).sum())
+    work = float((plan.blocks.lengths * plan.counts).sum())
     return plan.blocks.size * max(one - per_basis, 0.0) + work * per_basis
 
 

@@ -89,7 +89,7 @@ def test_learns_in_a_project_of_its_own(nodes: list[InProcess]) -> None:
     model = load_model()
     parameters = dict(model.named_parameters())
     replica = Replica(Layout.of(parameters), masters_of(parameters))
-    strategy = Ferret(FedAvg(fraction_evaluate=0.0), FerretConfig(coefficients=64, warmup_rate=1.0))
+    strategy = Ferret(FedAvg(fraction_evaluate=0.0), FerretConfig(coefficients=64))
     manager = SimpleClientManager()
     for node in nodes:
         manager.register(node)

@@ -496,10 +496,10 @@ def test_node_of_another_version_is_refused(scene: Scene, monkeypatch: pytest.Mo
     strategy = scene.server()
     with monkeypatch.context() as patch:
         request = scene.begin(strategy)["1"]
-        patch.setattr(wire, "PROTOCOL", 2)
+        patch.setattr(wire, "PROTOCOL", 3)
         reply = scene.federation.client(1).fit(request)
     assert scene.end(strategy, scene.reply(0), reply) == scene.without_node_1()
-    assert "the server speaks protocol 1, this node 2" in strategy.refused[NODE_1]
+    assert "the server speaks protocol 2, this node 3" in strategy.refused[NODE_1]
 
 
 # Requests: whoever speaks in the server's place
@@ -581,7 +581,7 @@ def fingerprint(values: dict[str, Any], arrays: list[np.ndarray]) -> None:
 
 
 def protocol(values: dict[str, Any], arrays: list[np.ndarray]) -> None:
-    values["protocol"] = 2
+    values["protocol"] = 3
 
 
 UNCHAINED = "do not lead to the ledger that they name"
@@ -600,7 +600,7 @@ EDITS = {
     base: UNCHAINED,
     head: UNCHAINED,
     fingerprint: "the ledger names 0000000000000000",
-    protocol: "the server speaks protocol 2, this node 1",
+    protocol: "the server speaks protocol 3, this node 2",
 }
 
 

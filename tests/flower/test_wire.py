@@ -27,7 +27,7 @@ def test_request_round_trip(ledger: Ledger) -> None:
     back = wire.decode(parameters_to_ndarrays(parameters), config)
     assert back.plan is not None
     assert (back.plan.round, back.plan.seed) == (plan.round, plan.seed)
-    assert np.array_equal(back.plan.bases_per_block, plan.bases_per_block)
+    assert np.array_equal(back.plan.counts, plan.counts)
     assert ledger.until(1).append(back.entries[0]).head == ledger.head == back.head
 
 
@@ -73,13 +73,13 @@ def test_recipe_stays_below_50_kb_each_way(blocks: int, most: int) -> None:
 
     ledger = Ledger(Header("0" * 16, 134_515_008, "1" * 16))
     generator = np.random.Generator(np.random.Philox(key=1))
-    config = FerretConfig(blocks=blocks, allocation="energy" if blocks else "uniform")
+    config = FerretConfig(blocks=blocks)
     for _ in range(3):
         plan = next_plan(ledger, config, seed=1)
         spread = np.exp(2 * generator.standard_normal(plan.num_coefficients))
         ledger = ledger.append(publish(plan, spread, 1.0))
     plan = next_plan(ledger, config, seed=1)
-    assert (plan.bases_per_block.max() > 127) == bool(blocks)  # some counts need two bytes
+    assert (plan.counts.max() > 127) == bool(blocks)  # some counts need two bytes
     down = wire.message_nbytes(*wire.encode(wire.Request.of(ledger, 2, plan)))
     up = wire.message_nbytes(
         ndarrays_to_parameters([np.zeros(plan.num_coefficients, dtype=np.float32)]), {}

@@ -186,7 +186,8 @@ def test_one_row_is_a_projection_with_one_basis_a_block(interleaved):
     size, block = 1000, 128
     delta = drawn(size)
     blocks = InterleavedBlocks(size, 13) if interleaved else Blocks(size, block)
-    plan = RoundPlan(1, 9, "rademacher", blocks, np.ones(blocks.count, dtype=np.int64))
+    counts = None if interleaved else np.ones(blocks.count, dtype=np.int64)
+    plan = RoundPlan(1, 9, "rademacher", blocks, counts)
     layout = Layout(("w",), ((size,),))
     signs = basis_elements(plan, 0, 0, size).astype(np.float64)[None]
     columns = (block_of(plan, 0, size) if interleaved else np.arange(size) // block)[None]

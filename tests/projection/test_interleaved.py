@@ -8,9 +8,10 @@ import pytest
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.allocation import expected_fidelity, expected_squared_error
 from ferret_flwr.projection.families import FAMILIES, GROUP
-from ferret_flwr.projection.kernels import reference
+from ferret_flwr.projection.kernels import cpu_interleaved, reference
+from ferret_flwr.projection.kernels.philox import split_key
 from ferret_flwr.projection.layout import Blocks, InterleavedBlocks, Layout, LayoutError
-from ferret_flwr.projection.plan import PlanError, RoundPlan
+from ferret_flwr.projection.plan import MOST_BASES, PlanError, RoundPlan
 
 DRAWS = 1500
 SIZE = 1000
@@ -18,7 +19,7 @@ SIZE = 1000
 
 def make(size, count, family="rademacher", seed=0):
     blocks = InterleavedBlocks.of(size, count)
-    plan = RoundPlan(1, seed, family, blocks, np.ones(blocks.count, dtype=np.int64))
+    plan = RoundPlan(1, seed, family, blocks)
     return Layout(("w",), ((size,),)), plan
 
 
@@ -100,9 +101,9 @@ def test_the_error_is_what_the_forecast_says():
     delta = in_one_place()
     _, plan = make(SIZE, 50)
     energies = np.full(50, (delta @ delta) / 50)
-    forecast = expected_squared_error(energies, plan.blocks, plan.bases_per_block)
+    forecast = expected_squared_error(energies, plan.blocks, plan.counts)
     assert forecast == pytest.approx(squared_error("rademacher", delta, plan), rel=1e-6)
-    fidelity = expected_fidelity(energies, plan.blocks, plan.bases_per_block)
+    fidelity = expected_fidelity(energies, plan.blocks, plan.counts)
     assert fidelity == pytest.approx(math.sqrt(50 / SIZE))
 
 
@@ -158,7 +159,7 @@ def test_a_block_can_be_asked_for_from_anywhere():
 
 def test_rows_beyond_32_bits_have_offsets_of_their_own():
     size = 2**42 + 3
-    plan = RoundPlan(1, 0, "rademacher", InterleavedBlocks(size, 512), np.ones(512, dtype=np.int64))
+    plan = RoundPlan(1, 0, "rademacher", InterleavedBlocks(size, 512))
     near, far = (reference.block_of(plan, s, s + 512 * 64)[::512] for s in (0, 2**41))
     assert not np.array_equal(near, far)
 
@@ -169,6 +170,31 @@ def test_more_blocks_than_elements_are_refused(size, count):
         InterleavedBlocks(size, count)
 
 
-def test_an_interleaved_block_has_one_basis():
-    with pytest.raises(PlanError, match="one basis, got 2"):
-        RoundPlan(1, 0, "rademacher", InterleavedBlocks(1000, 3), np.array([1, 2, 1]))
+def test_bases_per_block_are_for_contiguous_blocks_only():
+    for blocks, counts in (
+        (InterleavedBlocks(1000, 3), np.ones(3, int)),
+        (Blocks(1000, 512), None),
+    ):
+        with pytest.raises(PlanError, match="for contiguous blocks, and only for them"):
+            RoundPlan(1, 0, "rademacher", blocks, counts)
+
+
+def test_a_plan_of_any_size_costs_nothing_before_it_is_used():
+    plan = RoundPlan(1, 0, "rademacher", InterleavedBlocks(10**12, MOST_BASES))
+    assert plan.num_coefficients == MOST_BASES  # whose K_l would take 17 GB
+    with pytest.raises(PlanError, match=f"at most {MOST_BASES} bases, got {MOST_BASES + 1} blocks"):
+        RoundPlan(1, 0, "rademacher", InterleavedBlocks(10**12, MOST_BASES + 1))
+
+
+@pytest.mark.parametrize("count", [1, 3, 512, 8191, 2**31 - 1])
+@pytest.mark.parametrize("start", [0, 2**31 - 2, 2**41 + 7, 2**62])
+def test_runs_are_those_of_the_reference(start, count):
+    plan = RoundPlan(1, 2**62 + 5, "rademacher", InterleavedBlocks(2**62 + 2**20, count))
+    key = tuple(map(np.uint32, split_key(plan.seed)))
+    expected, index = reference.block_of(plan, start, start + 3000), start
+    found = []
+    while index < start + 3000:
+        block, run = cpu_interleaved._run(index, start + 3000, count, *key)
+        found.extend(range(block, block + run))
+        index += run
+    np.testing.assert_array_equal(found, expected)

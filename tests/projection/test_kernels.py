@@ -17,26 +17,38 @@ from ferret_flwr.projection.plan import RoundPlan
 KERNELS = {"cpu": {"contiguous": cpu, "interleaved": cpu_interleaved}}
 DTYPES = ("float32", "float16", "bfloat16")
 BLOCK = 256
-CASES = {  # shapes, and the size of contiguous blocks or the number of interleaved ones
-    "one": ([(1,)], BLOCK),
-    "group-1": ([(127,)], BLOCK),
-    "group": ([(128,)], BLOCK),
-    "group+1": ([(129,)], BLOCK),
-    "block-1": ([(BLOCK - 1,)], BLOCK),
-    "block": ([(16, BLOCK // 16)], BLOCK),
-    "block+1": ([(BLOCK + 1,)], BLOCK),
-    "prime": ([(1009,)], BLOCK),
-    "tile+block+1": ([(tiles.ELEMENTS + BLOCK + 1,)], 2 * tiles.ELEMENTS),
-    "tensors across blocks": ([(3, 5), (100, 7), (1,), (0, 4), (), (13, 11), (300,)], BLOCK),
-    "tensors across tiles": ([(4000,), (10, 20), (5000,)], 3 * tiles.ELEMENTS),
-    "one dealt out": ([(1,)], "1"),
-    "all to one": ([(300,)], "1"),
-    "one to each": ([(13, 11), (157,)], "300"),
-    "prime dealt out": ([(1009,)], "97"),
-    "almost one to each": ([(1009,)], "1000"),
-    "tensors dealt out": ([(3, 5), (100, 7), (1,), (0, 4), (), (13, 11), (300,)], "128"),
-    "tiles dealt out": ([(4000,), (10, 20), (5000,)], "1000"),
-    "rows of many tiles": ([(3 * tiles.ELEMENTS + 5,), (77, 100)], str(2 * tiles.ELEMENTS + 3)),
+CASES = {  # shapes, and contiguous blocks of a size or interleaved ones of a number
+    "one": ([(1,)], Blocks, BLOCK),
+    "group-1": ([(127,)], Blocks, BLOCK),
+    "group": ([(128,)], Blocks, BLOCK),
+    "group+1": ([(129,)], Blocks, BLOCK),
+    "block-1": ([(BLOCK - 1,)], Blocks, BLOCK),
+    "block": ([(16, BLOCK // 16)], Blocks, BLOCK),
+    "block+1": ([(BLOCK + 1,)], Blocks, BLOCK),
+    "prime": ([(1009,)], Blocks, BLOCK),
+    "tile+block+1": ([(tiles.ELEMENTS + BLOCK + 1,)], Blocks, 2 * tiles.ELEMENTS),
+    "tensors across blocks": (
+        [(3, 5), (100, 7), (1,), (0, 4), (), (13, 11), (300,)],
+        Blocks,
+        BLOCK,
+    ),
+    "tensors across tiles": ([(4000,), (10, 20), (5000,)], Blocks, 3 * tiles.ELEMENTS),
+    "one dealt out": ([(1,)], InterleavedBlocks, 1),
+    "all to one": ([(300,)], InterleavedBlocks, 1),
+    "one to each": ([(13, 11), (157,)], InterleavedBlocks, 300),
+    "prime dealt out": ([(1009,)], InterleavedBlocks, 97),
+    "almost one to each": ([(1009,)], InterleavedBlocks, 1000),
+    "tensors dealt out": (
+        [(3, 5), (100, 7), (1,), (0, 4), (), (13, 11), (300,)],
+        InterleavedBlocks,
+        128,
+    ),
+    "tiles dealt out": ([(4000,), (10, 20), (5000,)], InterleavedBlocks, 1000),
+    "rows of many tiles": (
+        [(3 * tiles.ELEMENTS + 5,), (77, 100)],
+        InterleavedBlocks,
+        2 * tiles.ELEMENTS + 3,
+    ),
 }
 TILED = ["prime", "tensors across blocks", "tensors across tiles", "tensors dealt out",
          "tiles dealt out", "rows of many tiles"]  # fmt: skip
@@ -68,12 +80,11 @@ def bits(x):
 
 def make(case, family, seed=5):
     """Return the layout and a plan with 1, 3, 2, 1, 3, 2, ... bases per contiguous block."""
-    shapes, cut = CASES[case]
+    shapes, kind, number = CASES[case]
     layout = Layout(tuple(f"t{i}" for i in range(len(shapes))), tuple(shapes))
-    if isinstance(cut, str):
-        dealt = InterleavedBlocks(layout.size, int(cut))
-        return layout, RoundPlan(1, seed, family, dealt, np.ones(dealt.count, dtype=np.int64))
-    blocks = Blocks(layout.size, cut)
+    blocks = kind(layout.size, number)
+    if kind is InterleavedBlocks:
+        return layout, RoundPlan(1, seed, family, blocks)
     counts = np.resize([1, 3, 2] if blocks.count > 1 else [3], blocks.count)
     return layout, RoundPlan(1, seed, family, blocks, counts)
 
@@ -92,6 +103,12 @@ def numbers(size, seed=0):
     """Return float32 numbers over seven orders of magnitude."""
     rng = np.random.default_rng(seed)
     return (rng.standard_normal(size) * 10.0 ** rng.uniform(-5, 2, size)).astype(np.float32)
+
+
+def far_apart(size, seed=0):
+    """Return float32 numbers of which a sum in float64 has other bits in another order."""
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(size) * 10.0 ** rng.uniform(-18, 3, size)).astype(np.float32)
 
 
 def cut(vector, layout):
@@ -125,7 +142,7 @@ def close(gamma, delta, plan):
         )
     else:
         mass = np.add.reduceat(np.abs(delta), np.arange(0, delta.size, plan.blocks.block_size))
-    bound = ROUNDING * largest * np.repeat(mass, plan.bases_per_block)
+    bound = ROUNDING * largest * np.repeat(mass, plan.counts)
     return bool((np.abs(gamma - reference.project(delta, plan)) <= bound).all())
 
 
@@ -213,7 +230,7 @@ def test_project_is_close_for_every_tiling(kernel, threads, case, family, larges
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_bit_of_project_depends_on_threads(kernel, threads, family, dtype, case):
     layout, plan = make(case, family)
-    before, after = (cut(lower(numbers(layout.size, s), dtype), layout) for s in (0, 2))
+    before, after = (cut(lower(far_apart(layout.size, s), dtype), layout) for s in (0, 2))
     segments = pieces(layout, plan, largest=512)
     project = kernel_for(kernel, plan).project
     gamma = project(before, after, segments, plan)
@@ -221,6 +238,14 @@ def test_no_bit_of_project_depends_on_threads(kernel, threads, family, dtype, ca
     np.testing.assert_array_equal(gamma, project(before, after, segments, plan))
     shuffled = project([array[::-1].copy() for array in before], after, segments, plan)
     assert not np.array_equal(gamma, shuffled)
+
+
+def test_the_order_of_the_parts_would_be_seen(monkeypatch):
+    layout, plan = make("tiles dealt out", "rademacher")
+    update, segments = cut(far_apart(layout.size), layout), pieces(layout, plan, largest=512)
+    gamma = cpu_interleaved.project(update, None, segments, plan)
+    monkeypatch.setattr(cpu_interleaved, "MOST_PARTS", 3)
+    assert not np.array_equal(gamma, cpu_interleaved.project(update, None, segments, plan))
 
 
 @pytest.mark.parametrize("case", ["tensors across blocks", "tensors dealt out"])
@@ -320,7 +345,7 @@ def test_negative_zeros_survive():
 
 
 @pytest.mark.parametrize("largest", LARGEST)
-@pytest.mark.parametrize("case", [c for c in CASES if isinstance(CASES[c][1], int)])
+@pytest.mark.parametrize("case", [c for c in CASES if CASES[c][1] is Blocks])
 def test_segments_cover_every_index_once_and_cross_no_cut(case, largest):
     layout, plan = make(case, "rademacher")
     block_size = plan.blocks.block_size

@@ -23,13 +23,15 @@ from ferret_flwr.projection.kernels.tiles import (
     TILE,
     addresses_of,
     at,
+    difference,
     family_code,
     jit,
     jit_parallel,
     kinds_of,
-    load,
     normal_elements,
     sign_words,
+    subtract_tile,
+    tile_of,
 )
 from ferret_flwr.projection.plan import RoundPlan
 
@@ -58,19 +60,13 @@ def _project(before, after, dtype, start, length, block, counts, position, sums,
             stop = start[s] + length[s]
             group = start[s] // GROUP
             while group * GROUP < stop:
-                low, high = max(start[s], group * GROUP), min(stop, (group + TILE) * GROUP)
-                groups = (high - group * GROUP + GROUP - 1) // GROUP
-                offset, first, count = (low - start[s]) * size, low - group * GROUP, high - low
+                groups, first, count = tile_of(start[s], stop, group)
+                offset = (group * GROUP + first - start[s]) * size
                 in_place = dtype[s] == FLOAT32 and after[s] == 0 and count == groups * GROUP
                 delta = before[s] + offset if in_place else np.int64(x.ctypes.data)
-                if not in_place:  # the tile's elements as float32, zeros around them
-                    x[:first] = 0
-                    x[first + count : groups * GROUP] = 0
-                    load(x[first:], before[s] + offset, dtype[s], count)
-                    if after[s] != 0:
-                        load(y[first:], after[s] + offset, dtype[s], count)
-                        for i in range(first, first + count):
-                            x[i] -= y[i]
+                if not in_place:
+                    end = after[s] + offset if after[s] != 0 else 0
+                    difference(x, y, before[s] + offset, end, dtype[s], first, count)
                 for k in range(counts[block[s]]):
                     if family == SIGNS:
                         sign_words(flat, words, group, groups, k, key_0, key_1)
@@ -102,10 +98,8 @@ def _subtract(address, start, length, block, counts, offsets, coefficients, boun
             stop = start[s] + length[s]
             group = start[s] // GROUP
             while group * GROUP < stop:
-                low, high = max(start[s], group * GROUP), min(stop, (group + TILE) * GROUP)
-                groups = (high - group * GROUP + GROUP - 1) // GROUP
-                first, count = low - group * GROUP, high - low
-                tile = address[s] + (low - start[s]) * 4
+                groups, first, count = tile_of(start[s], stop, group)
+                tile = address[s] + (group * GROUP + first - start[s]) * 4
                 bases = counts[block[s]]
                 in_place = family == SIGNS and bases == 1 and count == groups * GROUP
                 for k in range(bases):
@@ -127,9 +121,7 @@ def _subtract(address, start, length, block, counts, offsets, coefficients, boun
                             for i in range(groups * GROUP):
                                 update[i] += c * v[i]
                 if not in_place:
-                    w = numba.carray(at(tile, numba.float32), (count,))
-                    for i in range(count):
-                        w[i] -= update[first + i]
+                    subtract_tile(tile, update, first, count)
                 group += TILE
 
 
@@ -147,7 +139,7 @@ def _fingerprint(address, start, length, bounds, sums):  # type: ignore[no-untyp
 
 
 def _bounds(segments: Segments, plan: RoundPlan) -> np.ndarray:
-    cost = segments.length * (plan.bases_per_block[segments.block] + COST_OF_MEMORY)
+    cost = segments.length * (plan.counts[segments.block] + COST_OF_MEMORY)
     return segments.divide(cost, numba.get_num_threads())
 
 
@@ -168,7 +160,7 @@ def project(
     plan
         The round's bases.
     """
-    counts = plan.bases_per_block
+    counts = plan.counts
     position = np.concatenate([[0], np.cumsum(counts[segments.block])])
     sums = np.zeros(position[-1], dtype=np.float64)
     ends = np.zeros_like(segments.start) if after is None else addresses_of(after, segments)
@@ -209,7 +201,7 @@ def subtract(
         segments.start,
         segments.length,
         segments.block,
-        plan.bases_per_block,
+        plan.counts,
         plan.offsets,
         coefficients,
         _bounds(segments, plan),

@@ -2,7 +2,8 @@
 
 The segments of `kernels.segments` are walked in tiles as in `kernels.cpu`. A tile meets the blocks
 in runs, each within one row of the index space, so adding to the blocks and reading from them are
-plain loops over memory that stays in the cache.
+plain loops over memory that stays in the cache for K up to some 10⁵. A run costs a counter of the
+generator: with far fewer than `GROUP` blocks that is most of the work.
 """
 
 from __future__ import annotations
@@ -23,27 +24,28 @@ from ferret_flwr.projection.kernels.tiles import (
     TILE,
     addresses_of,
     at,
+    difference,
     family_code,
     jit,
     jit_parallel,
     kinds_of,
-    load,
     normal_elements,
     philox,
     sign_words,
+    subtract_tile,
+    tile_of,
 )
 from ferret_flwr.projection.plan import RoundPlan
 
-PARTS = 16  # of the work of a projection, each with sums of its own; more while they stay small
-MOST_PARTS = 64
-MOST_SUMS = 2**22  # 32 MiB
+MOST_PARTS = 64  # of the work of a projection, each with K sums of its own
+SUMS = 2**23  # of all parts together, 64 MiB; more only if K alone is
 
 
 @jit
-def _run(index, stop, count, key_0, key_1):  # type: ignore[no-untyped-def]
+def _run(index, stop, num_blocks, key_0, key_1):  # type: ignore[no-untyped-def]
     """Return the block of element ``index``, and how many from there on lie side by side."""
-    row = index // count
-    column = index - row * count
+    row = index // num_blocks
+    column = index - row * num_blocks
     word = philox(
         np.uint32(row),
         np.uint32(np.uint64(row) >> np.uint64(32)),
@@ -52,35 +54,31 @@ def _run(index, stop, count, key_0, key_1):  # type: ignore[no-untyped-def]
         key_0,
         key_1,
     )[0]
-    block = column + np.int64(np.uint64(word) * np.uint64(count) >> np.uint64(32))
-    if block >= count:
-        block -= count
-    return block, min(stop - index, count - column, count - block)
+    block = column + np.int64(np.uint64(word) * np.uint64(num_blocks) >> np.uint64(32))
+    if block >= num_blocks:
+        block -= num_blocks
+    return block, min(stop - index, num_blocks - column, num_blocks - block)
 
 
 @jit_parallel
-def _project(before, after, dtype, start, length, count, sums, bounds, code):  # type: ignore[no-untyped-def]
+def _project(before, after, dtype, start, length, num_blocks, sums, bounds, code):  # type: ignore[no-untyped-def]
     family, key_0, key_1, scale = code
     for part in numba.prange(len(bounds) - 1):
         words, flat = np.empty((4, TILE), np.uint32), np.empty(4 * TILE, np.uint32)
         x, y = np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32)
-        blocks = sums[part]
+        own = sums[part]
         for s in range(bounds[part], bounds[part + 1]):
             size = 4 if dtype[s] == FLOAT32 else 2
             stop = start[s] + length[s]
             group = start[s] // GROUP
             while group * GROUP < stop:
-                low, high = max(start[s], group * GROUP), min(stop, (group + TILE) * GROUP)
-                groups = (high - group * GROUP + GROUP - 1) // GROUP
-                offset, first, elements = (low - start[s]) * size, low - group * GROUP, high - low
-                in_place = dtype[s] == FLOAT32 and after[s] == 0 and elements == groups * GROUP
+                groups, first, count = tile_of(start[s], stop, group)
+                offset = (group * GROUP + first - start[s]) * size
+                in_place = dtype[s] == FLOAT32 and after[s] == 0 and count == groups * GROUP
                 delta = before[s] + offset if in_place else np.int64(x.ctypes.data)
                 if not in_place:
-                    load(x[first:], before[s] + offset, dtype[s], elements)
-                    if after[s] != 0:
-                        load(y[first:], after[s] + offset, dtype[s], elements)
-                        for i in range(first, first + elements):
-                            x[i] -= y[i]
+                    end = after[s] + offset if after[s] != 0 else 0
+                    difference(x, y, before[s] + offset, end, dtype[s], first, count)
                 if family == SIGNS:
                     sign_words(flat, words, group, groups, 0, key_0, key_1)
                     signed_copy(
@@ -92,12 +90,13 @@ def _project(before, after, dtype, start, length, count, sums, bounds, code):  #
                 else:
                     normal_elements(y, group, groups, 0, key_0, key_1, scale)
                     values = numba.carray(at(delta, numba.float32), (groups * GROUP,))
-                    for i in range(first, first + elements):
+                    for i in range(groups * GROUP):
                         y[i] *= values[i]
-                index = low
+                index = group * GROUP + first
+                high = index + count
                 while index < high:
-                    block, run = _run(index, high, count, key_0, key_1)
-                    terms, into = y[index - group * GROUP :], blocks[block:]
+                    block, run = _run(index, high, num_blocks, key_0, key_1)
+                    terms, into = y[index - group * GROUP :], own[block:]
                     for i in range(run):
                         into[i] += np.float64(terms[i])
                     index += run
@@ -105,7 +104,7 @@ def _project(before, after, dtype, start, length, count, sums, bounds, code):  #
 
 
 @jit_parallel
-def _subtract(address, start, length, count, coefficients, bounds, code):  # type: ignore[no-untyped-def]
+def _subtract(address, start, length, num_blocks, coefficients, bounds, code):  # type: ignore[no-untyped-def]
     family, key_0, key_1, scale = code
     for thread in numba.prange(len(bounds) - 1):
         words, flat = np.empty((4, TILE), np.uint32), np.empty(4 * TILE, np.uint32)
@@ -114,18 +113,16 @@ def _subtract(address, start, length, count, coefficients, bounds, code):  # typ
             stop = start[s] + length[s]
             group = start[s] // GROUP
             while group * GROUP < stop:
-                low, high = max(start[s], group * GROUP), min(stop, (group + TILE) * GROUP)
-                groups = (high - group * GROUP + GROUP - 1) // GROUP
-                first, elements = low - group * GROUP, high - low
-                tile = address[s] + (low - start[s]) * 4
-                index = low
+                groups, first, count = tile_of(start[s], stop, group)
+                index = group * GROUP + first
+                tile, high = address[s] + (index - start[s]) * 4, index + count
                 while index < high:
-                    block, run = _run(index, high, count, key_0, key_1)
+                    block, run = _run(index, high, num_blocks, key_0, key_1)
                     into, published = c[index - group * GROUP :], coefficients[block:]
                     for i in range(run):
                         into[i] = published[i]
                     index += run
-                in_place = family == SIGNS and elements == groups * GROUP
+                in_place = family == SIGNS and count == groups * GROUP
                 if family == SIGNS:
                     sign_words(flat, words, group, groups, 0, key_0, key_1)
                     bits, values = np.int64(flat.ctypes.data), np.int64(c.ctypes.data)
@@ -135,12 +132,10 @@ def _subtract(address, start, length, count, coefficients, bounds, code):  # typ
                         signed_copy(values, values, bits, np.int64(4 * groups))
                 else:
                     normal_elements(v, group, groups, 0, key_0, key_1, scale)
-                    for i in range(first, first + elements):
+                    for i in range(first, first + count):
                         c[i] *= v[i]
                 if not in_place:
-                    w = numba.carray(at(tile, numba.float32), (elements,))
-                    for i in range(elements):
-                        w[i] -= c[first + i]
+                    subtract_tile(tile, c, first, count)
                 group += TILE
 
 
@@ -152,12 +147,12 @@ def project(
 ) -> np.ndarray:
     """Return γ of ``before − after``, or of ``before``, as `cpu.project` does: float64, ``(K,)``.
 
-    The sums are added up over a fixed number of parts, so no bit depends on the threads.
+    The sums are added up over a number of parts that K alone decides, so no bit depends on the
+    threads. They take at most 64 MiB, or 8 K bytes where that is more.
     """
-    count = plan.blocks.count
-    parts = min(MOST_PARTS, max(PARTS, MOST_SUMS // count))
+    parts = min(MOST_PARTS, max(1, SUMS // plan.num_coefficients))
     bounds = segments.divide(segments.length, parts)
-    sums = np.zeros((parts, count), dtype=np.float64)
+    sums = np.zeros((parts, plan.num_coefficients), dtype=np.float64)
     ends = np.zeros_like(segments.start) if after is None else addresses_of(after, segments)
     _project(
         addresses_of(before, segments),
@@ -165,7 +160,7 @@ def project(
         kinds_of(before, segments),
         segments.start,
         segments.length,
-        count,
+        plan.num_coefficients,
         sums,
         bounds,
         family_code(plan),
@@ -181,7 +176,7 @@ def subtract(
         addresses_of(arrays, segments),
         segments.start,
         segments.length,
-        plan.blocks.count,
+        plan.num_coefficients,
         coefficients,
         segments.divide(segments.length, numba.get_num_threads()),
         family_code(plan),

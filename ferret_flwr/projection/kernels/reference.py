@@ -91,7 +91,7 @@ def project(delta: np.ndarray, plan: RoundPlan) -> np.ndarray:
         blocks = block_of(plan, 0, delta.size)
         return np.bincount(blocks, weights=terms, minlength=plan.blocks.count)
     coefficients = []
-    for block, count in enumerate(plan.bases_per_block):
+    for block, count in enumerate(plan.counts):
         start = block * plan.blocks.block_size
         piece = delta[start : start + plan.blocks.block_size].astype(np.float64)
         for basis in range(count):
@@ -119,7 +119,7 @@ def reconstruct(coefficients: np.ndarray, plan: RoundPlan) -> np.ndarray:
         published = np.asarray(coefficients, dtype=np.float32)
         return published[block_of(plan, 0, size)] * basis_elements(plan, 0, 0, size)
     update = np.empty(size, dtype=np.float32)
-    for block, (first, count) in enumerate(zip(plan.offsets, plan.bases_per_block, strict=False)):
+    for block, (first, count) in enumerate(zip(plan.offsets, plan.counts, strict=False)):
         start = block * plan.blocks.block_size
         piece = update[start : start + plan.blocks.block_size]
         for basis in range(count):

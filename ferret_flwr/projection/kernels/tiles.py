@@ -1,4 +1,8 @@
-"""What the kernels for processors share: a tile of a tensor, and the elements of a basis for it."""
+"""What the kernels for processors share: a tile of a tensor, and the elements of a basis for it.
+
+numba keeps compiled kernels beside each file and compiles again when that file changes, but not
+when a file changes whose functions it has compiled in: after a change here, `make clean-kernels`.
+"""
 
 from __future__ import annotations
 
@@ -135,6 +139,39 @@ def load(out, address, dtype, count):  # type: ignore[no-untyped-def]
         else:
             for i in range(count):
                 out[i] = HALF_TO_FLOAT[bits[i]]
+
+
+@jit
+def tile_of(start, stop, group):  # type: ignore[no-untyped-def]
+    """Return the number of groups of the tile from ``group`` on, and its part of ``start..stop``.
+
+    The part is its first element, counted from the start of ``group``, and how many there are.
+    """
+    low, high = max(start, group * GROUP), min(stop, (group + TILE) * GROUP)
+    return (high - group * GROUP + GROUP - 1) // GROUP, low - group * GROUP, high - low
+
+
+@jit
+def difference(x, y, before, after, dtype, first, count):  # type: ignore[no-untyped-def]
+    """Fill ``x`` with a tile of ``before − after``, or of ``before`` if ``after`` is 0.
+
+    Elements beside ``first..first+count`` are zero up to the next whole groups; ``y`` is room.
+    """
+    x[:first] = 0
+    x[first + count : first + count + GROUP] = 0
+    load(x[first:], before, dtype, count)
+    if after != 0:
+        load(y[first:], after, dtype, count)
+        for i in range(first, first + count):
+            x[i] -= y[i]
+
+
+@jit
+def subtract_tile(address, update, first, count):  # type: ignore[no-untyped-def]
+    """Subtract ``update[first..first+count]`` from the floats at ``address``."""
+    w = numba.carray(at(address, numba.float32), (count,))
+    for i in range(count):
+        w[i] -= update[first + i]
 
 
 def addresses_of(arrays: Sequence[np.ndarray], segments: Segments) -> np.ndarray:
