@@ -173,7 +173,7 @@ def _row(
     print(f"round {this.number}: loss {before:.4f}, after FedAvg {fedavg:.4f}", flush=True)
     lost: dict[str, list[float]] = {}
     for name, config in compared.items():
-        if this.previous is None and config.allocation != "uniform":
+        if this.previous is None and config.blocks and config.allocation != "uniform":
             continue
         start = time.perf_counter()
         losses = [loss(this, reconstruction(this, worker.layout, config, seed)) for seed in seeds]

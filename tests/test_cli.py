@@ -116,7 +116,7 @@ def test_plan(capsys):
     assert row(out, "blocks").endswith("L = 64 interleaved, one basis each")
     assert "256 B a round; FedAvg 442 kB, 1,725 times as much" in row(out, "a node sends")
     assert "256 B a round" in row(out, "a node receives")
-    assert f"cos {(64 / SIZE) ** 0.5:.4f} = √(K/d), whatever the update" in row(out, "fidelity")
+    assert f"cos {(64 / SIZE) ** 0.5:.4f} ≈ √(K/d), whatever the update" in row(out, "fidelity")
     assert float(row(out, "projection").split()[1]) >= 0
 
 

@@ -26,7 +26,7 @@ train.steps = 7
 method = "ferret"
 ferret.coefficients = 8000
 train.steps = 9
-search = { train.learning-rate = [0.1, 1], ferret.max-per-block = [64] }
+search = { train.learning-rate = [0.1, 1], ferret.max-norm-ratio = [64] }
 """
 
 
@@ -40,8 +40,8 @@ def test_a_plan_means_what_it_says() -> None:
     fedavg, ferret = plan.variants
     assert fedavg.choices == [{}]
     assert ferret.choices == [
-        {"train.learning-rate": 0.1, "ferret.max-per-block": 64},
-        {"train.learning-rate": 1, "ferret.max-per-block": 64},
+        {"train.learning-rate": 0.1, "ferret.max-norm-ratio": 64},
+        {"train.learning-rate": 1, "ferret.max-norm-ratio": 64},
     ]
     plain = flatten(plan.config(fedavg, {}, 5))
     assert (plain["method"], plain["train.steps"], plain["seed"]) == ("fedavg", 7, 5)
