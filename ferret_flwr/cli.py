@@ -148,9 +148,9 @@ def _kernel_error() -> str:
     from ferret_flwr.projection.kernels import reference
 
     layout = Layout(("probe",), ((1000,),))
-    for blocks in (InterleavedBlocks.of(1000, 300), Blocks.of(1000, 4)):
-        bases = np.full(blocks.count, 1 if isinstance(blocks, InterleavedBlocks) else 2)
-        plan = RoundPlan(1, 1, "rademacher", blocks, bases)
+    dealt, cut = InterleavedBlocks.of(1000, 300), Blocks.of(1000, 4)
+    for blocks, counts in ((dealt, None), (cut, np.full(cut.count, 2))):
+        plan = RoundPlan(1, 1, "rademacher", blocks, counts)
         coefficients = np.linspace(-1, 1, plan.num_coefficients, dtype=np.float32)
         array = np.ones(1000, dtype=np.float32)
         try:
