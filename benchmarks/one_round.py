@@ -203,6 +203,8 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         axis.axvline(0, color="0.6", linewidth=1)
         axis.set_xscale("symlog", linthresh=10)
         axis.set(title=f"round {row['round']}", xlabel="share of FedAvg's progress lost, %")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.margins(x=0.1)
         axis.grid(alpha=0.3)
     np.atleast_1d(axes)[0].set_yticks(range(len(names)), names)
     np.atleast_1d(axes)[0].invert_yaxis()
