@@ -18,7 +18,6 @@ from ferret_flwr.projection.kernels.segments import Segments
 from ferret_flwr.projection.kernels.signs import signed_add, signed_dot, signed_store
 from ferret_flwr.projection.kernels.tiles import (
     ELEMENTS,
-    FLOAT32,
     SIGNS,
     TILE,
     addresses_of,
@@ -56,17 +55,14 @@ def _project(before, after, dtype, start, length, block, counts, position, sums,
         words, flat = np.empty((4, TILE), np.uint32), np.empty(4 * TILE, np.uint32)
         x, y = np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32)
         for s in range(bounds[thread], bounds[thread + 1]):
-            size = 4 if dtype[s] == FLOAT32 else 2
             stop = start[s] + length[s]
             group = start[s] // GROUP
             while group * GROUP < stop:
                 groups, first, count = tile_of(start[s], stop, group)
-                offset = (group * GROUP + first - start[s]) * size
-                in_place = dtype[s] == FLOAT32 and after[s] == 0 and count == groups * GROUP
-                delta = before[s] + offset if in_place else np.int64(x.ctypes.data)
-                if not in_place:
-                    end = after[s] + offset if after[s] != 0 else 0
-                    difference(x, y, before[s] + offset, end, dtype[s], first, count)
+                offset = group * GROUP + first - start[s]
+                delta = difference(
+                    x, y, before[s], after[s], dtype[s], offset, groups, first, count
+                )
                 for k in range(counts[block[s]]):
                     if family == SIGNS:
                         sign_words(flat, words, group, groups, k, key_0, key_1)

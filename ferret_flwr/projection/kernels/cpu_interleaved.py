@@ -19,7 +19,6 @@ from ferret_flwr.projection.kernels.segments import Segments
 from ferret_flwr.projection.kernels.signs import signed_copy, signed_subtract
 from ferret_flwr.projection.kernels.tiles import (
     ELEMENTS,
-    FLOAT32,
     SIGNS,
     TILE,
     addresses_of,
@@ -68,17 +67,14 @@ def _project(before, after, dtype, start, length, num_blocks, sums, bounds, code
         x, y = np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32)
         own = sums[part]
         for s in range(bounds[part], bounds[part + 1]):
-            size = 4 if dtype[s] == FLOAT32 else 2
             stop = start[s] + length[s]
             group = start[s] // GROUP
             while group * GROUP < stop:
                 groups, first, count = tile_of(start[s], stop, group)
-                offset = (group * GROUP + first - start[s]) * size
-                in_place = dtype[s] == FLOAT32 and after[s] == 0 and count == groups * GROUP
-                delta = before[s] + offset if in_place else np.int64(x.ctypes.data)
-                if not in_place:
-                    end = after[s] + offset if after[s] != 0 else 0
-                    difference(x, y, before[s] + offset, end, dtype[s], first, count)
+                offset = group * GROUP + first - start[s]
+                delta = difference(
+                    x, y, before[s], after[s], dtype[s], offset, groups, first, count
+                )
                 if family == SIGNS:
                     sign_words(flat, words, group, groups, 0, key_0, key_1)
                     signed_copy(

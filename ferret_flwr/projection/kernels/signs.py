@@ -59,63 +59,63 @@ def signed_dot(typingctx, x, words, count):  # type: ignore[no-untyped-def]
     return types.float32(types.int64, types.int64, types.int64), codegen
 
 
-def _signed_update(add):  # type: ignore[no-untyped-def]
-    def typing(typingctx, out, words, count, c):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            out, words, count, c = arguments
-            plus, minus = _broadcast(builder, c), _broadcast(builder, builder.fneg(c))
-            with cgutils.for_range(builder, count) as loop:
-                target = _vector_at(builder, out, loop.index)
-                mask = _mask_at(builder, words, loop.index)
-                value = builder.select(mask, minus, plus)
-                if add:
-                    value = builder.fadd(builder.load(target, align=4), value)
-                builder.store(value, target, align=4)
-            return context.get_dummy_value()
+def _signed_loop(builder, out, words, count, value_at, combine=None):  # type: ignore[no-untyped-def]
+    """Write ±``value_at(index)`` to each 32 floats at ``out``, or combine it with what is there.
 
-        return types.void(types.int64, types.int64, types.int64, types.float32), codegen
+    ``value_at`` returns 32 floats, and ``combine`` is "fadd", "fsub", or None.
+    """
+    with cgutils.for_range(builder, count) as loop:
+        target = _vector_at(builder, out, loop.index)
+        mask = _mask_at(builder, words, loop.index)
+        value = value_at(loop.index)
+        value = builder.select(mask, builder.fneg(value), value)
+        if combine is not None:
+            value = getattr(builder, combine)(builder.load(target, align=4), value)
+        builder.store(value, target, align=4)
 
-    return typing
+
+def _of_constant(combine=None):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        out, words, count, c = arguments
+        constant = _broadcast(builder, c)
+        _signed_loop(builder, out, words, count, lambda index: constant, combine)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.float32), codegen
+
+
+def _of_vector(combine=None):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        out, x, words, count = arguments
+
+        def value_at(index):  # type: ignore[no-untyped-def]
+            return builder.load(_vector_at(builder, x, index), align=4)
+
+        _signed_loop(builder, out, words, count, value_at, combine)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
 def signed_store(typingctx, out, words, count, c):  # type: ignore[no-untyped-def]
     """Write ±c to ``32 count`` floats at address ``out``."""
-    return _signed_update(add=False)(typingctx, out, words, count, c)
+    return _of_constant()
 
 
 @intrinsic
 def signed_add(typingctx, out, words, count, c):  # type: ignore[no-untyped-def]
     """Add ±c to ``32 count`` floats at address ``out``."""
-    return _signed_update(add=True)(typingctx, out, words, count, c)
-
-
-def _signed_move(subtract):  # type: ignore[no-untyped-def]
-    def typing(typingctx, out, x, words, count):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            out, x, words, count = arguments
-            with cgutils.for_range(builder, count) as loop:
-                target = _vector_at(builder, out, loop.index)
-                value = builder.load(_vector_at(builder, x, loop.index), align=4)
-                mask = _mask_at(builder, words, loop.index)
-                value = builder.select(mask, builder.fneg(value), value)
-                if subtract:
-                    value = builder.fsub(builder.load(target, align=4), value)
-                builder.store(value, target, align=4)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64, types.int64), codegen
-
-    return typing
+    return _of_constant("fadd")
 
 
 @intrinsic
 def signed_copy(typingctx, out, x, words, count):  # type: ignore[no-untyped-def]
     """Write ±x, from ``32 count`` floats at address ``x``, to address ``out``."""
-    return _signed_move(subtract=False)(typingctx, out, x, words, count)
+    return _of_vector()
 
 
 @intrinsic
 def signed_subtract(typingctx, out, x, words, count):  # type: ignore[no-untyped-def]
     """Subtract ±x, from ``32 count`` floats at address ``x``, from those at address ``out``."""
-    return _signed_move(subtract=True)(typingctx, out, x, words, count)
+    return _of_vector("fsub")

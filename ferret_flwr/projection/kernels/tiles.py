@@ -152,18 +152,23 @@ def tile_of(start, stop, group):  # type: ignore[no-untyped-def]
 
 
 @jit
-def difference(x, y, before, after, dtype, first, count):  # type: ignore[no-untyped-def]
-    """Fill ``x`` with a tile of ``before − after``, or of ``before`` if ``after`` is 0.
+def difference(x, y, before, after, dtype, offset, groups, first, count):  # type: ignore[no-untyped-def]
+    """Return the address of a tile of ``before − after``, or of ``before`` if ``after`` is 0.
 
-    Elements beside ``first..first+count`` are zero up to the next whole groups; ``y`` is room.
+    The tile is ``groups`` of float32, zero beside ``first..first+count``, which are the elements
+    from ``offset`` on. It is in place if it can be, else in ``x``; ``y`` is room.
     """
+    if dtype == FLOAT32 and after == 0 and count == groups * GROUP:
+        return before + offset * 4
+    offset *= 4 if dtype == FLOAT32 else 2
     x[:first] = 0
-    x[first + count : first + count + GROUP] = 0
-    load(x[first:], before, dtype, count)
+    x[first + count : groups * GROUP] = 0
+    load(x[first:], before + offset, dtype, count)
     if after != 0:
-        load(y[first:], after, dtype, count)
+        load(y[first:], after + offset, dtype, count)
         for i in range(first, first + count):
             x[i] -= y[i]
+    return np.int64(x.ctypes.data)
 
 
 @jit
