@@ -5,7 +5,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -42,15 +41,7 @@ CONFIG = parse(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Small matrices on a shared machine: threads would wait for each other, not work."""
-    before = torch.get_num_threads(), numba.get_num_threads()
-    torch.set_num_threads(1)
-    numba.set_num_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    numba.set_num_threads(before[1])
+pytestmark = pytest.mark.usefixtures("one_thread_a_module")
 
 
 @pytest.fixture(scope="module")

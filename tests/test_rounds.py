@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import numba
 import numpy as np
 import pytest
 
@@ -30,13 +29,7 @@ DELTA = (
 ENERGIES = np.add.reduceat(DELTA.astype(np.float64) ** 2, np.arange(0, SIZE, 128))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Waking another thread costs more than these small arrays do."""
-    before = numba.get_num_threads()
-    numba.set_num_threads(1)
-    yield
-    numba.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_plan(counts=(2, 1, 3, 2), round=1, seed=0, family="rademacher", blocks=BLOCKS):

@@ -5,12 +5,8 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Use one thread unless a test asks for more: waking another costs more than a small case."""
-    before = numba.get_num_threads()
-    numba.set_num_threads(1)
-    yield
-    numba.set_num_threads(before)
+def _one_thread(one_thread):
+    """Use one thread unless a test asks for more."""
 
 
 @pytest.fixture(params=[1, 2])
