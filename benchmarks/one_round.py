@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +30,18 @@ import numpy as np
 
 from benchmarks.inputs import base_fingerprint, data_hashes, hardware
 from benchmarks.plan import flattened, pairs, read_toml
-from benchmarks.plots import pyplot
+from benchmarks.plots import pyplot, save
 from benchmarks.summary import mean_std
 from ferret_flwr.config import Config, ConfigError, FerretConfig, parse
-from ferret_flwr.files import atomic_file, write_atomic
+from ferret_flwr.files import write_atomic
+from ferret_flwr.flower.wire import node_seed
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.allocation import energies_of
 from ferret_flwr.projection.kernels.philox import derive_seed
 from ferret_flwr.projection.layout import Blocks, Layout
 from ferret_flwr.projection.plan import RoundPlan
-from ferret_flwr.rounds import bases_per_block, blocks_for
+from ferret_flwr.report import environment
+from ferret_flwr.rounds import bases_per_block, blocks_for, publish
 from ferret_flwr.training.errors import DataError, ModelError
 from ferret_flwr.training.tensors import load_masters, masters_of
 from ferret_flwr.training.worker import Node, Worker, score
@@ -133,13 +134,12 @@ def reconstruction(this: Round, layout: Layout, config: FerretConfig, seed: int)
     plan = RoundPlan(this.number, derive_seed(seed, this.number), config.family, blocks, counts)
     if config.bases == "shared":
         return _hat(this.average, layout, plan)
-    own = [plan.with_seed(derive_seed(plan.seed, node)) for node in range(len(this.updates))]
+    own = [plan.with_seed(node_seed(plan, config.bases, i)) for i in range(len(this.updates))]
     return mean([_hat(u, layout, p) for u, p in zip(this.updates, own, strict=True)])
 
 
 def _hat(update: Arrays, layout: Layout, plan: RoundPlan) -> Arrays:
-    gamma = projection.project(update, layout, plan)
-    coefficients = (gamma * plan.unbiased_scale()).astype(np.float32)
+    (coefficients,) = publish(plan, projection.project(update, layout, plan), 1.0).coefficients
     flat = projection.reconstruct(coefficients, layout, plan)
     return [hat.reshape(shape) for hat, shape in zip(flat, layout.shapes, strict=True)]
 
@@ -189,9 +189,8 @@ def _row(
 
 def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Draw what each setting lost, a panel for each round."""
-    draw = pyplot()
     names = list(rows[-1]["lost"])
-    figure, axes = draw.subplots(
+    figure, axes = pyplot().subplots(
         1, len(rows), figsize=(5 * len(rows) + 2, 0.35 * len(names) + 1.6), sharey=True
     )
     for axis, row in zip(np.atleast_1d(axes), rows, strict=True):
@@ -210,9 +209,7 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     np.atleast_1d(axes)[0].invert_yaxis()
     figure.suptitle(title)
     figure.tight_layout()
-    with atomic_file(path) as file:
-        figure.savefig(file, dpi=110, format=path.suffix[1:])
-    draw.close(figure)
+    save(figure, path)
 
 
 def main() -> int:
@@ -244,7 +241,7 @@ def main() -> int:
         "data": data_hashes(config.dataset, config.seed),
         "base": base_fingerprint(config.model),
         "hardware": hardware(),
-        "versions": {name: version(name) for name in ("ferret-flwr", "torch", "transformers")},
+        "environment": environment(),
     }
     write_atomic(options.output / "one-round.json", json.dumps(figures, indent=1).encode())
     plot(rows, f"{config.model.name} on {config.dataset.name}", options.output / "one-round.png")

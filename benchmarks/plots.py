@@ -144,6 +144,11 @@ def _finish(figure: Any, path: Path, note: str, right: float = 1.0) -> None:
     height = 0.14 * (text.count("\n") + 2) / figure.get_figheight()
     figure.text(0.01, 0.02 / figure.get_figheight(), text, fontsize=7, color="0.35", va="bottom")
     figure.tight_layout(rect=(0, height, right, 1))
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure whole or not at all, and forget it."""
     with atomic_file(path) as file:
         figure.savefig(file, dpi=110, format=path.suffix[1:])
     pyplot().close(figure)

@@ -256,11 +256,10 @@ def parse(run_config: Mapping[str, Scalar]) -> Config:
             values[key] = _checked(key, run_config.get(key, default), kind, metadata)
         except ConfigError as error:
             wrong.append(str(error))
-    config = None
     if not wrong:
         config = _build(Config, values)
         wrong = config.ferret.contradictions() + _contradictions(config)
-    if config is None or wrong:
+    if wrong:
         raise ConfigError("\n".join(["the run configuration is not valid:", *wrong]))
     return config
 

@@ -136,9 +136,9 @@ class Entry:
 def pack_plan(plan: RoundPlan) -> tuple[dict[str, Any], np.ndarray]:
     """Return a plan as JSON values and its packed bases per block, none if interleaved."""
     meta: dict[str, Any] = {"round": plan.round, "seed": plan.seed, "family": plan.family}
-    if isinstance(plan.blocks, Blocks):
-        return meta | {"block-size": plan.blocks.block_size}, pack_counts(plan.counts)
-    return meta | {"interleaved": plan.blocks.count}, np.zeros(0, dtype=np.uint8)
+    if plan.interleaved:
+        return meta | {"interleaved": plan.blocks.count}, np.zeros(0, dtype=np.uint8)
+    return meta | {"block-size": plan.blocks.block_size}, pack_counts(plan.counts)
 
 
 def unpack_plan(meta: dict[str, Any], counts: np.ndarray, size: int) -> RoundPlan:

@@ -122,9 +122,10 @@ def energies_of(update: Iterable[np.ndarray], layout: Layout, blocks: Blocks) ->
     energies = np.zeros(blocks.count)
     for offset, tensor in zip(layout.offsets[:-1].tolist(), update, strict=True):
         squares = np.square(tensor, dtype=np.float64).ravel()
-        first = -offset % blocks.block_size  # of the tensor's elements that begins a block
-        starts = np.unique([0, *range(first, squares.size, blocks.block_size)])
         if squares.size:
+            first = -offset % blocks.block_size  # of the tensor's elements that begins a block
+            cuts = np.arange(first, squares.size, blocks.block_size)
+            starts = np.unique(np.concatenate([[0], cuts]))
             within = (offset + starts) // blocks.block_size
             energies[within] += np.add.reduceat(squares, starts)
     return energies

@@ -80,7 +80,7 @@ class RoundPlan:
         """Position of each block's first coefficient, then K: int64, ``(L + 1,)``."""
         return np.concatenate([[0], np.cumsum(self.counts)])
 
-    @property
+    @cached_property
     def counts(self) -> np.ndarray:
         """Return K_l of any blocks: int64, ``(L,)``."""
         if self.bases_per_block is None:

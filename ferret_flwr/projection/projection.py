@@ -15,7 +15,7 @@ import numpy as np
 
 from ferret_flwr.projection.kernels import cpu, cpu_interleaved
 from ferret_flwr.projection.kernels.segments import Segments
-from ferret_flwr.projection.layout import Blocks, Layout, LayoutError
+from ferret_flwr.projection.layout import Layout, LayoutError
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 
 PROJECTABLE = ("float32", "float16", "uint16")
@@ -29,8 +29,7 @@ def _segments(layout: Layout, block_size: int) -> Segments:
 
 def _segments_for(layout: Layout, plan: RoundPlan) -> Segments:
     """Return the pieces to walk; interleaved blocks do not cut them."""
-    blocks = plan.blocks
-    return _segments(layout, blocks.block_size if isinstance(blocks, Blocks) else WHOLE)
+    return _segments(layout, WHOLE if plan.interleaved else plan.blocks.block_size)
 
 
 def _kernel(plan: RoundPlan) -> ModuleType:
