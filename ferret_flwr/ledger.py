@@ -81,6 +81,8 @@ class Entry:
         The server learning rate in ``coefficients``.
     fingerprint
         Of the float32 parameters after this round; "" while nobody has computed it.
+    still
+        Positions of the tensors that no client changed, and that nobody reconstructs therefore.
     """
 
     plan: RoundPlan
@@ -88,6 +90,7 @@ class Entry:
     coefficients: np.ndarray
     rate: float
     fingerprint: str = ""
+    still: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what could not be applied."""
@@ -118,6 +121,8 @@ class Entry:
         """Return the entry, but for its fingerprint, as JSON values and two arrays."""
         meta, counts = pack_plan(self.plan)
         meta |= {"seeds": list(self.seeds), "rate": self.rate}
+        if self.still:
+            meta["still"] = list(self.still)
         return meta, [counts, self.coefficients]
 
     @classmethod
@@ -125,7 +130,8 @@ class Entry:
         """Return the entry behind what `pack` made, for a model of ``size`` parameters."""
         counts, coefficients = arrays
         plan = unpack_plan(meta, counts, size)
-        return cls(plan, tuple(meta["seeds"]), coefficients, float(meta["rate"]))
+        still = tuple(int(tensor) for tensor in meta.get("still", ()))
+        return cls(plan, tuple(meta["seeds"]), coefficients, float(meta["rate"]), still=still)
 
     @property
     def nbytes(self) -> int:
@@ -136,6 +142,8 @@ class Entry:
 def pack_plan(plan: RoundPlan) -> tuple[dict[str, Any], np.ndarray]:
     """Return a plan as JSON values and its packed bases per block, none if interleaved."""
     meta: dict[str, Any] = {"round": plan.round, "seed": plan.seed, "family": plan.family}
+    if plan.exact:
+        meta["exact"] = plan.exact
     if plan.interleaved:
         return meta | {"interleaved": plan.blocks.count}, np.zeros(0, dtype=np.uint8)
     return meta | {"block-size": plan.blocks.block_size}, pack_counts(plan.counts)
@@ -144,12 +152,14 @@ def pack_plan(plan: RoundPlan) -> tuple[dict[str, Any], np.ndarray]:
 def unpack_plan(meta: dict[str, Any], counts: np.ndarray, size: int) -> RoundPlan:
     """Return a plan from its JSON values and its packed bases per block."""
     blocks: AnyBlocks
+    exact = int(meta.get("exact", 0))
+    size -= exact
     if "interleaved" in meta:
         blocks = InterleavedBlocks(size, int(meta["interleaved"]))
         bases = unpack_counts(counts) if counts.size else None
     else:
         blocks, bases = Blocks(size, int(meta["block-size"])), unpack_counts(counts)
-    return RoundPlan(int(meta["round"]), int(meta["seed"]), meta["family"], blocks, bases)
+    return RoundPlan(int(meta["round"]), int(meta["seed"]), meta["family"], blocks, bases, exact)
 
 
 def _counts_nbytes(plan: RoundPlan) -> int:
@@ -211,9 +221,9 @@ class Ledger:
         """
         if entry.round != len(self) + 1:
             raise LedgerError(f"expected round {len(self) + 1}, got round {entry.round}")
-        if entry.plan.blocks.size != self.header.size:
+        if entry.plan.size != self.header.size:
             raise LedgerError(
-                f"round {entry.round} is for {entry.plan.blocks.size} parameters, the ledger for "
+                f"round {entry.round} is for {entry.plan.size} parameters, the ledger for "
                 f"{self.header.size}"
             )
         digests = (*self.digests, entry.chain(self.head))

@@ -98,5 +98,5 @@ class Replica:
         self._fingerprint = None
         for seed, coefficients in zip(entry.seeds, entry.coefficients, strict=True):
             plan = entry.plan.with_seed(seed)
-            projection.subtract(self.arrays, self.layout, plan, coefficients)
+            projection.subtract(self.arrays, self.layout, plan, coefficients, skip=entry.still)
         self.round = entry.round

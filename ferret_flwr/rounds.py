@@ -19,7 +19,7 @@ from ferret_flwr.projection.layout import AnyBlocks, Blocks, InterleavedBlocks
 from ferret_flwr.projection.plan import RoundPlan
 
 
-def next_plan(ledger: Ledger, config: FerretConfig, seed: int) -> RoundPlan:
+def next_plan(ledger: Ledger, config: FerretConfig, seed: int, exact: int = 0) -> RoundPlan:
     """Return the plan of the round behind the ledger's last.
 
     Parameters
@@ -31,18 +31,20 @@ def next_plan(ledger: Ledger, config: FerretConfig, seed: int) -> RoundPlan:
         How many bases, of which family, and how to allocate them.
     seed
         The run's seed.
+    exact
+        How many elements are not projected, see `Layout`.
 
     Raises
     ------
     ConfigError
         If the keys contradict each other, see `FerretConfig.contradictions`.
     """
-    blocks = blocks_for(ledger.header.size, config)
+    blocks = blocks_for(ledger.header.size - exact, config)
     number = len(ledger) + 1
     counts = None
     if isinstance(blocks, Blocks):
         counts = bases_per_block(block_energies(ledger, blocks, config), blocks, config)
-    return RoundPlan(number, derive_seed(seed, number), config.family, blocks, counts)
+    return RoundPlan(number, derive_seed(seed, number), config.family, blocks, counts, exact)
 
 
 def blocks_for(size: int, config: FerretConfig) -> AnyBlocks:
@@ -91,7 +93,8 @@ def block_energies(ledger: Ledger, blocks: Blocks, config: FerretConfig) -> np.n
 def _entry_energies(entry: Entry) -> np.ndarray:
     plan = entry.plan
     projected = entry.coefficients.astype(np.float64) / (entry.rate * plan.unbiased_scale())
-    squares = np.add.reduceat((projected**2).mean(axis=0), plan.offsets[:-1])
+    means = (projected**2).mean(axis=0)[: plan.num_bases]
+    squares = np.add.reduceat(means, plan.offsets[:-1])
     return squares / (plan.counts * plan.second_moment)
 
 
@@ -123,7 +126,11 @@ def server_rate(config: FerretConfig, plan: RoundPlan, ledger: Ledger, num_round
 
 
 def publish(
-    plan: RoundPlan, projected: np.ndarray, rate: float, seeds: Sequence[int] | None = None
+    plan: RoundPlan,
+    projected: np.ndarray,
+    rate: float,
+    seeds: Sequence[int] | None = None,
+    still: Sequence[int] = (),
 ) -> Entry:
     """Fold every factor into the aggregated coefficients.
 
@@ -138,6 +145,8 @@ def publish(
         The server learning rate.
     seeds
         The clients' own seeds, where bases are not shared.
+    still
+        Positions of the tensors that no client changed.
 
     Returns
     -------
@@ -154,4 +163,5 @@ def publish(
         plan.check_coefficients(row, owner="the aggregate")
     with np.errstate(over="ignore"):
         coefficients = (rate * rows * plan.unbiased_scale()).astype(np.float32)
-    return Entry(plan, tuple(seeds) if seeds else (plan.seed,), coefficients, rate)
+    own = tuple(seeds) if seeds else (plan.seed,)
+    return Entry(plan, own, coefficients, rate, still=tuple(still))

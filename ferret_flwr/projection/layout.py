@@ -27,10 +27,21 @@ class Layout:
     ----------
     names, shapes
         One per tensor, in ``named_parameters()`` order, tied tensors once.
+    exact
+        How many of the tensors, the last ones, are not projected but sent as they are.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    exact: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that something is left to project."""
+        if not 0 <= self.exact < max(1, len(self.names)):
+            raise LayoutError(
+                f"of {len(self.names)} tensors, {self.exact} cannot be exact: at least one is to "
+                "be projected"
+            )
 
     @classmethod
     def of(cls, tensors: Mapping[str, Any]) -> Layout:
@@ -49,10 +60,21 @@ class Layout:
         """Return d, the number of elements of all tensors."""
         return int(self.offsets[-1])
 
+    @property
+    def num_projected(self) -> int:
+        """Return how many tensors are projected."""
+        return len(self.names) - self.exact
+
+    @property
+    def exact_size(self) -> int:
+        """Return the number of elements of the exact tensors."""
+        return self.size - int(self.offsets[self.num_projected])
+
     @cached_property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change with any name, shape or order."""
-        text = json.dumps([self.names, self.shapes], separators=(",", ":"))
+        parts: list[Any] = [self.names, self.shapes]
+        text = json.dumps(parts + [self.exact] * bool(self.exact), separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check(self, arrays: Sequence[np.ndarray]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -30,10 +30,12 @@ class RoundPlan:
     family
         A key of `FAMILIES`.
     blocks
-        How 0..d-1 is cut.
+        How the projected part of 0..d-1 is cut, which comes first.
     bases_per_block
         K_l of contiguous blocks, at least 1 each: int64, ``(L,)``. Interleaved ones have 1 each,
         and take None.
+    exact
+        How many elements follow that are not projected: each has a coefficient of its own.
     """
 
     round: int
@@ -41,6 +43,7 @@ class RoundPlan:
     family: str
     blocks: AnyBlocks
     bases_per_block: np.ndarray | None = None
+    exact: int = 0
 
     def __post_init__(self) -> None:
         """Check what the kernels rely on."""
@@ -48,6 +51,8 @@ class RoundPlan:
             raise PlanError(f"family must be one of {', '.join(FAMILIES)}, got '{self.family}'")
         if not 0 <= self.seed < 2**63:
             raise PlanError(f"seed must be in 0..2^63-1, got {self.seed}")
+        if self.exact < 0:
+            raise PlanError(f"the number of exact elements must be 0 or more, got {self.exact}")
         if self.interleaved != (self.bases_per_block is None):
             raise PlanError("bases per block are for contiguous blocks, and only for them")
         if self.bases_per_block is None:
@@ -88,9 +93,19 @@ class RoundPlan:
         return self.bases_per_block
 
     @property
-    def num_coefficients(self) -> int:
+    def size(self) -> int:
+        """Return d, projected elements and exact ones."""
+        return self.blocks.size + self.exact
+
+    @property
+    def num_bases(self) -> int:
         """Return K = Σ K_l."""
         return self.blocks.count if self.interleaved else int(self.offsets[-1])
+
+    @property
+    def num_coefficients(self) -> int:
+        """Return K and a number for each exact element."""
+        return self.num_bases + self.exact
 
     @property
     def second_moment(self) -> float:
@@ -98,18 +113,19 @@ class RoundPlan:
         return FAMILIES[self.family].second_moment(self.blocks.block_size)
 
     def unbiased_scale(self) -> np.ndarray:
-        """Return 1/(ρ K_l) for each coefficient (paper, Eq. 6): float64, ``(K,)``."""
-        return np.repeat(1 / (self.second_moment * self.counts), self.counts)
+        """Return 1/(ρ K_l) (paper, Eq. 6), then ones for exact elements: float64, ``(K + E,)``."""
+        scale = np.repeat(1 / (self.second_moment * self.counts), self.counts)
+        return np.concatenate([scale, np.ones(self.exact)]) if self.exact else scale
 
     def with_seed(self, seed: int) -> RoundPlan:
         """Return the same plan with the bases of another ``seed``."""
-        return RoundPlan(self.round, seed, self.family, self.blocks, self.bases_per_block)
+        return replace(self, seed=seed)
 
     def check_coefficients(self, coefficients: np.ndarray, owner: str = "coefficients") -> None:
-        """Raise `PlanError` unless ``coefficients`` are K finite numbers."""
+        """Raise `PlanError` unless ``coefficients`` are as many finite numbers as there must be."""
         if coefficients.shape != (self.num_coefficients,):
             raise PlanError(
-                f"{owner}: round {self.round} has K = {self.num_coefficients} coefficients, "
+                f"{owner}: round {self.round} has K = {self._counted()} coefficients, "
                 f"got shape {coefficients.shape}"
             )
         finite = np.isfinite(coefficients)
@@ -118,3 +134,6 @@ class RoundPlan:
                 f"{owner}: {np.count_nonzero(~finite)} of {finite.size} coefficients are not "
                 f"finite, the first at {int(np.argmin(finite))}"
             )
+
+    def _counted(self) -> str:
+        return f"{self.num_bases}" + (f" + {self.exact} exact" if self.exact else "")

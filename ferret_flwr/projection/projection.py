@@ -1,13 +1,14 @@
 """Project an update onto a round's bases, and take its reconstruction off the parameters.
 
 The parameters are a list of tensors in layout order. Nothing here is ever as large as the model.
+The coefficients of exact tensors, behind the K others, are the elements of the update themselves.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from types import ModuleType
 
@@ -23,13 +24,14 @@ WHOLE = 2**62  # a block that no model fills
 
 
 @lru_cache(maxsize=4)
-def _segments(layout: Layout, block_size: int) -> Segments:
-    return Segments.of(layout.offsets, block_size)
+def _segments(layout: Layout, tensors: int, block_size: int) -> Segments:
+    return Segments.of(layout.offsets[: tensors + 1], block_size)
 
 
 def _segments_for(layout: Layout, plan: RoundPlan) -> Segments:
     """Return the pieces to walk; interleaved blocks do not cut them."""
-    return _segments(layout, WHOLE if plan.interleaved else plan.blocks.block_size)
+    block_size = WHOLE if plan.interleaved else plan.blocks.block_size
+    return _segments(layout, layout.num_projected, block_size)
 
 
 def _kernel(plan: RoundPlan) -> ModuleType:
@@ -66,7 +68,7 @@ def project(
     Returns
     -------
     numpy.ndarray
-        γ_{l,k} = Σ_{i in block l} v_{k,i} Δ_i: float64, ``(K,)``.
+        γ_{l,k} = Σ_{i in block l} v_{k,i} Δ_i, and Δ_i of exact tensors: float64, ``(K + E,)``.
 
     Raises
     ------
@@ -85,6 +87,9 @@ def project(
             if old.dtype != new.dtype:
                 raise LayoutError(f"tensor '{name}' changed from {old.dtype} to {new.dtype}")
     coefficients = _kernel(plan).project(before, after, _segments_for(layout, plan), plan)
+    if layout.exact:
+        exact = _differences(before, after, range(layout.num_projected, len(layout.names)))
+        coefficients = np.concatenate([coefficients, *exact])
     if not np.isfinite(coefficients).all():
         ends = before if after is None else after
         for name, old, new in zip(layout.names, before, ends, strict=True):
@@ -95,7 +100,11 @@ def project(
 
 
 def subtract(
-    arrays: Sequence[np.ndarray], layout: Layout, plan: RoundPlan, coefficients: np.ndarray
+    arrays: Sequence[np.ndarray],
+    layout: Layout,
+    plan: RoundPlan,
+    coefficients: np.ndarray,
+    skip: Collection[int] = (),
 ) -> None:
     """Take the reconstruction Δ̂ off float32 parameters, in place (paper, Eq. 7).
 
@@ -108,14 +117,16 @@ def subtract(
     plan
         The round's bases.
     coefficients
-        Published c with all factors in them: float32, ``(K,)``.
+        Published c with all factors in them: float32, ``(K + E,)``.
+    skip
+        Positions of tensors that stay as they are.
 
     Raises
     ------
     LayoutError
         If a tensor has another size or dtype than expected, or is read-only.
     PlanError
-        If the coefficients are not K numbers finite in float32.
+        If the coefficients are not so many numbers finite in float32.
     """
     _check_plan(layout, plan)
     _check(arrays, layout, ("float32",))
@@ -123,11 +134,15 @@ def subtract(
         if not array.flags.writeable:
             raise LayoutError(f"tensor '{name}' is read-only")
     published = _published(coefficients, plan)
+    segments = _segments_for(layout, plan).without(skip)
     dense = [np.ascontiguousarray(array) for array in arrays]
-    _kernel(plan).subtract(dense, published, _segments_for(layout, plan), plan)
+    _kernel(plan).subtract(dense, published[: plan.num_bases], segments, plan)
     for array, copy in zip(arrays, dense, strict=True):
         if not np.shares_memory(array, copy):
             array[...] = copy.reshape(array.shape)
+    for tensor, update in _exact(published, layout, plan):
+        if tensor not in skip:
+            arrays[tensor][...] -= update.reshape(arrays[tensor].shape)
 
 
 def reconstruct(coefficients: np.ndarray, layout: Layout, plan: RoundPlan) -> Iterator[np.ndarray]:
@@ -138,11 +153,15 @@ def reconstruct(coefficients: np.ndarray, layout: Layout, plan: RoundPlan) -> It
     _check_plan(layout, plan)
     negated = -_published(coefficients, plan)
     segments = _segments_for(layout, plan)
-    bounds = np.searchsorted(segments.tensor, np.arange(len(layout.names) + 1))
+    bounds = np.searchsorted(segments.tensor, np.arange(layout.num_projected + 1))
     for tensor, (first, last) in enumerate(itertools.pairwise(bounds)):
         update = np.zeros(layout.offsets[tensor + 1] - layout.offsets[tensor], dtype=np.float32)
-        _kernel(plan).subtract([update], negated, segments.of_tensor(first, last), plan)
+        _kernel(plan).subtract(
+            [update], negated[: plan.num_bases], segments.of_tensor(first, last), plan
+        )
         yield update
+    for _, update in _exact(negated, layout, plan):
+        yield -update
 
 
 def fidelity(
@@ -184,7 +203,26 @@ def fingerprint(arrays: Sequence[np.ndarray], layout: Layout) -> str:
     """Return sixteen hexadecimal digits that change with any bit of float32 ``arrays``."""
     _check(arrays, layout, ("float32",))
     dense = [np.ascontiguousarray(array) for array in arrays]
-    return f"{cpu.fingerprint(dense, _segments(layout, WHOLE)):016x}"
+    return f"{cpu.fingerprint(dense, _segments(layout, len(layout.names), WHOLE)):016x}"
+
+
+def _differences(
+    before: Sequence[np.ndarray], after: Sequence[np.ndarray] | None, tensors: Collection[int]
+) -> Iterator[np.ndarray]:
+    """Yield Δ of some tensors, flat, in float32."""
+    for tensor in tensors:
+        delta = as_float32(before[tensor])
+        yield (delta if after is None else delta - as_float32(after[tensor])).ravel()
+
+
+def _exact(
+    coefficients: np.ndarray, layout: Layout, plan: RoundPlan
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the position of each exact tensor, and its part of ``coefficients``."""
+    shift = plan.num_bases - plan.blocks.size  # from elements to their coefficients
+    for tensor in range(layout.num_projected, len(layout.names)):
+        first, last = layout.offsets[tensor : tensor + 2] + shift
+        yield tensor, coefficients[first:last]
 
 
 def _published(coefficients: np.ndarray, plan: RoundPlan) -> np.ndarray:
@@ -195,7 +233,7 @@ def _published(coefficients: np.ndarray, plan: RoundPlan) -> np.ndarray:
 
 
 def _check_plan(layout: Layout, plan: RoundPlan) -> None:
-    if plan.blocks.size != layout.size:
-        raise PlanError(
-            f"the plan is for {plan.blocks.size} parameters, the model has {layout.size}"
-        )
+    if plan.size != layout.size:
+        raise PlanError(f"the plan is for {plan.size} parameters, the model has {layout.size}")
+    if plan.exact != layout.exact_size:
+        raise PlanError(f"the plan has {plan.exact} exact elements, the model {layout.exact_size}")

@@ -173,7 +173,7 @@ def project(
         _bounds(segments, plan),
         family_code(plan),
     )
-    coefficients = np.zeros(plan.num_coefficients, dtype=np.float64)
+    coefficients = np.zeros(plan.num_bases, dtype=np.float64)
     _add_up(sums, position, segments.block, counts, plan.offsets, coefficients)
     return coefficients
 

@@ -146,9 +146,9 @@ def project(
     The sums are added up over a number of parts that K alone decides, so no bit depends on the
     threads. They take at most 64 MiB, or 8 K bytes where that is more.
     """
-    parts = min(MOST_PARTS, max(1, SUMS // plan.num_coefficients))
+    parts = min(MOST_PARTS, max(1, SUMS // plan.num_bases))
     bounds = segments.divide(segments.length, parts)
-    sums = np.zeros((parts, plan.num_coefficients), dtype=np.float64)
+    sums = np.zeros((parts, plan.num_bases), dtype=np.float64)
     ends = np.zeros_like(segments.start) if after is None else addresses_of(after, segments)
     _project(
         addresses_of(before, segments),
@@ -156,7 +156,7 @@ def project(
         kinds_of(before, segments),
         segments.start,
         segments.length,
-        plan.num_coefficients,
+        plan.num_bases,
         sums,
         bounds,
         family_code(plan),
@@ -172,7 +172,7 @@ def subtract(
         addresses_of(arrays, segments),
         segments.start,
         segments.length,
-        plan.num_coefficients,
+        plan.num_bases,
         coefficients,
         segments.divide(segments.length, numba.get_num_threads()),
         family_code(plan),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -45,6 +46,13 @@ class Segments:
         cut = slice(first, last)
         zero = np.zeros(last - first, dtype=np.int64)
         return Segments(self.start[cut], self.length[cut], zero, self.block[cut], self.within[cut])
+
+    def without(self, tensors: Collection[int]) -> Segments:
+        """Return the segments that do not lie in ``tensors``."""
+        if not tensors:
+            return self
+        keep = ~np.isin(self.tensor, list(tensors))
+        return Segments(*(getattr(self, field.name)[keep] for field in fields(self)))
 
     def divide(self, cost: np.ndarray, parts: int) -> np.ndarray:
         """Return bounds of ``parts`` runs of segments of about equal ``cost``: ``(parts + 1,)``."""
