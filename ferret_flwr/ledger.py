@@ -24,8 +24,12 @@ from ferret_flwr.projection.layout import AnyBlocks, Blocks, InterleavedBlocks
 from ferret_flwr.projection.packing import pack_counts, packed_nbytes, unpack_counts
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 
-FORMAT = "ferret-ledger-2"
-FORMATS = ("ferret-ledger-1", FORMAT)  # the first has no interleaved blocks
+FORMAT = "ferret-ledger-3"
+FORMATS = (
+    "ferret-ledger-1",
+    "ferret-ledger-2",
+    FORMAT,
+)  # which knows interleaved blocks, exact tensors
 
 
 class LedgerError(ValueError):

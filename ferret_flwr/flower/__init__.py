@@ -1,12 +1,13 @@
-"""Ferret for Flower: the strategy, the client, and what they send each other."""
+"""Ferret for Flower: the strategy, the client, the mod, and what they send each other."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ferret_flwr.flower.client import FerretClient
+    from ferret_flwr.flower.mod import ferret_mod
     from ferret_flwr.flower.strategy import Ferret
 
-__all__ = ["Ferret", "FerretClient"]
+__all__ = ["Ferret", "FerretClient", "ferret_mod"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from ferret_flwr.flower.client import FerretClient
 
         return FerretClient
+    if name == "ferret_mod":
+        from ferret_flwr.flower.mod import ferret_mod
+
+        return ferret_mod
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -28,9 +28,14 @@ MOST_TOLD = 4000  # characters of a node's reason
 
 def node_name(client: ClientProxy, metrics: Mapping[str, Any]) -> str:
     """Return what messages call a node."""
-    if "partition-id" in metrics:
-        return f"node {client.cid} (partition {metrics['partition-id']!r:.40})"
-    return f"node {client.cid}"
+    return name_of(client.cid, metrics)
+
+
+def name_of(node: str, about: Mapping[str, Any]) -> str:
+    """Return what messages call the node with Flower's id ``node``."""
+    if "partition-id" in about:
+        return f"node {node} (partition {about['partition-id']!r:.40})"
+    return f"node {node}"
 
 
 def told(reason: object) -> str:

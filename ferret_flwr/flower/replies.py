@@ -2,47 +2,84 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
-from flwr.common import EvaluateRes, FitRes, Scalar, parameters_to_ndarrays
-from flwr.server.client_proxy import ClientProxy
+from flwr.common import EvaluateRes
 
 from ferret_flwr.flower import wire
+from ferret_flwr.flower.nodes import UNKNOWN
 from ferret_flwr.ledger import Entry, Ledger
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 from ferret_flwr.rounds import publish
 
-Metrics = dict[str, Scalar]
-FitResult = tuple[ClientProxy, FitRes]
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """One node's answer to a request to train, of either of Flower's interfaces.
+
+    Attributes
+    ----------
+    node
+        Flower's id.
+    about
+        What the node says of its answer: round, seed, fingerprint, partition.
+    num_examples
+        Its weight.
+    tensors
+        Its arrays as they crossed the wire.
+    source
+        Flower's own object.
+    """
+
+    node: str
+    about: Mapping[str, Any]
+    num_examples: Any
+    tensors: Sequence[bytes]
+    source: Any
+
+    @cached_property
+    def arrays(self) -> list[np.ndarray]:
+        """Return the arrays; raises what NumPy raises if they are none."""
+        return [np.load(io.BytesIO(tensor), allow_pickle=False) for tensor in self.tensors]
+
+    def order(self) -> tuple[int, str]:
+        """Return a sorting key: partitions stay what they are, node ids change."""
+        partition = self.about.get("partition-id", UNKNOWN)
+        return (partition if isinstance(partition, int) else UNKNOWN), self.node
 
 
-def cached_rounds(metrics: Metrics, most: int) -> int:
+def cached_rounds(about: Mapping[str, Any], most: int) -> int:
     """Return how many rounds the node says it keeps on its disk."""
-    cached = metrics.get("cached", 0)
+    cached = about.get("cached", 0)
     return cached if isinstance(cached, int) and 0 <= cached <= most else 0
 
 
-def check_reply(reply: FitRes, plan: RoundPlan, bases: str, rate: float) -> None:
+def check_reply(reply: Reply, plan: RoundPlan, bases: str, rate: float) -> None:
     """Raise `ValueError` saying why ``reply`` cannot be used."""
-    if error := reply.metrics.get("error"):
+    about = reply.about
+    if error := about.get("error"):
         raise ValueError(str(error))
     kinds = {"round": int, "seed": int, "partition-id": int, "fingerprint": str}
     for key, kind in kinds.items():
-        if not isinstance(reply.metrics.get(key), kind):
-            raise ValueError(f"its reply has no '{key}': it must use FerretClient")
-    if not reply.metrics["fingerprint"]:
+        if not isinstance(about.get(key), kind):
+            raise ValueError(f"its reply has no '{key}': it must use FerretClient or ferret_mod")
+    if not about["fingerprint"]:
         raise ValueError("it does not say from which parameters it trained")
-    if reply.metrics["round"] != plan.round:
-        raise ValueError(f"it replied to round {reply.metrics['round']!r}, this is {plan.round}")
-    if not 0 <= int(reply.metrics["partition-id"]) < 2**63:
-        raise ValueError(f"it calls itself partition {reply.metrics['partition-id']!r}")
-    seed = wire.node_seed(plan, bases, int(reply.metrics["partition-id"]))
-    if reply.metrics["seed"] != seed:
-        raise ValueError(f"it used the seed {reply.metrics['seed']!r}, the round's is {seed}")
+    if about["round"] != plan.round:
+        raise ValueError(f"it replied to round {about['round']!r}, this is {plan.round}")
+    if not 0 <= int(about["partition-id"]) < 2**63:
+        raise ValueError(f"it calls itself partition {about['partition-id']!r}")
+    seed = wire.node_seed(plan, bases, int(about["partition-id"]))
+    if about["seed"] != seed:
+        raise ValueError(f"it used the seed {about['seed']!r}, the round's is {seed}")
     check_examples(reply.num_examples)
-    arrays = parameters_to_ndarrays(reply.parameters)
+    arrays = reply.arrays
     if len(arrays) != 1 or arrays[0].dtype != np.float32:
         raise ValueError(f"expected one float32 array, got {[str(a.dtype) for a in arrays]}")
     plan.check_coefficients(arrays[0], owner="its reply")
@@ -52,11 +89,10 @@ def check_reply(reply: FitRes, plan: RoundPlan, bases: str, rate: float) -> None
         raise ValueError("its coefficients are too large for float32 when scaled") from overflow
 
 
-def estimated_norms(replies: Iterable[FitRes], plan: RoundPlan) -> list[float]:
+def estimated_norms(replies: Iterable[Reply], plan: RoundPlan) -> list[float]:
     """Return an estimate of each ‖Δ‖ from its γ alone: E Σ γ² / (ρ K_l) = ‖Δ‖²."""
     scale = plan.unbiased_scale()
-    projected = (parameters_to_ndarrays(reply.parameters)[0] for reply in replies)
-    return [math.sqrt(np.square(array, dtype=np.float64) @ scale) for array in projected]
+    return [math.sqrt(np.square(reply.arrays[0], dtype=np.float64) @ scale) for reply in replies]
 
 
 def last_norm(ledger: Ledger) -> float:
@@ -68,9 +104,16 @@ def last_norm(ledger: Ledger) -> float:
     return math.sqrt((squares / last.plan.unbiased_scale()).sum()) / last.rate
 
 
-def check_evaluation(reply: EvaluateRes) -> None:
+def untouched(replies: Iterable[Reply], tensors: int) -> tuple[int, ...]:
+    """Return the positions of the ``tensors`` that every node says it has left as they were."""
+    said = [reply.about.get("still") for reply in replies]
+    sets = [set(s) if isinstance(s, list) and all(type(n) is int for n in s) else () for s in said]
+    return tuple(sorted(set(range(tensors)).intersection(*sets))) if sets else ()
+
+
+def check_evaluation(reply: EvaluateRes, about: Mapping[str, Any]) -> None:
     """Raise `ValueError` saying why ``reply`` cannot be used."""
-    if error := reply.metrics.get("error"):
+    if error := about.get("error"):
         raise ValueError(str(error))
     check_examples(reply.num_examples)
     if not isinstance(reply.loss, int | float) or not math.isfinite(reply.loss):
@@ -83,9 +126,11 @@ def check_examples(count: object) -> None:
         raise ValueError(f"it reports {count!r} examples")
 
 
-def publish_rows(plan: RoundPlan, accepted: Sequence[FitResult], rate: float) -> Entry:
+def publish_rows(
+    plan: RoundPlan, accepted: Sequence[Reply], rate: float, still: Sequence[int] = ()
+) -> Entry:
     """Publish each client's coefficients on its own bases, weighted as FedAvg would."""
-    weights = np.array([reply.num_examples for _, reply in accepted], dtype=np.float64)
-    rows = np.stack([parameters_to_ndarrays(reply.parameters)[0] for _, reply in accepted])
-    seeds = [int(reply.metrics["seed"]) for _, reply in accepted]
-    return publish(plan, rows * (weights / weights.sum())[:, None], rate, seeds)
+    weights = np.array([reply.num_examples for reply in accepted], dtype=np.float64)
+    rows = np.stack([reply.arrays[0] for reply in accepted])
+    seeds = [int(reply.about["seed"]) for reply in accepted]
+    return publish(plan, rows * (weights / weights.sum())[:, None], rate, seeds, still)

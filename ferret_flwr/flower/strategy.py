@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, fields
 from pathlib import Path
-from statistics import median_low
+from typing import Any
 
 import numpy as np
 from flwr.common import (
     EvaluateIns,
     EvaluateRes,
     FitIns,
+    FitRes,
+    GetParametersIns,
     GetPropertiesIns,
     Parameters,
     Scalar,
@@ -26,28 +27,22 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.server import fit_clients
 from flwr.server.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy as MessageStrategy
 
+from ferret_flwr.base import Base
 from ferret_flwr.config import ConfigError, FerretConfig
 from ferret_flwr.flower import wire
-from ferret_flwr.flower.nodes import MOST_AT_ONCE, by_partition, failure_text, node_name, told
-from ferret_flwr.flower.replies import (
-    FitResult,
-    cached_rounds,
-    check_evaluation,
-    check_reply,
-    estimated_norms,
-    last_norm,
-    publish_rows,
-)
+from ferret_flwr.flower.coordinator import Coordinator
+from ferret_flwr.flower.nodes import MOST_AT_ONCE, failure_text, told
+from ferret_flwr.flower.replies import Reply, check_evaluation
 from ferret_flwr.ledger import Header, Ledger, LedgerError
-from ferret_flwr.projection.plan import PlanError, RoundPlan
 from ferret_flwr.replica import Replica
-from ferret_flwr.rounds import next_plan, publish, server_rate
 
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, Scalar]
 Evaluate = Callable[[int, Replica], tuple[float, Metrics] | None]
+FitResult = tuple[ClientProxy, FitRes]
 
 WAIT_SECONDS = 86_400  # for the first node, as Flower itself waits
 HEADER_SECONDS = 600.0  # to load a base model and fingerprint it
@@ -58,10 +53,16 @@ ASKED_FOR_HEADER = 5  # nodes whose base model decides, where the server has non
 class Ferret(Strategy):
     """Federated full-parameter tuning in K numbers a round, around any Flower strategy.
 
+    Around a strategy of ``flwr.serverapp.strategy``, the Message API, ``Ferret(strategy)`` is a
+    `MessageFerret`, which takes the same arguments but ``replica``, ``evaluate`` and
+    ``round_timeout``.
+
     Parameters
     ----------
     strategy
-        Samples the clients and aggregates their K-vectors as it would aggregate weights.
+        Samples the clients and aggregates their K-vectors as it would aggregate weights. If it has
+        initial parameters, the run starts from them and nodes run `ferret_mod`; if not, nodes tell
+        what they start from.
     config
         Number, family and allocation of the bases, server rate.
     seed
@@ -69,8 +70,8 @@ class Ferret(Strategy):
     num_rounds
         Length of the whole run, which the decaying server rates need.
     replica
-        A model that follows the ledger on the server. Without one the server needs no model: it
-        learns the number of parameters from a node.
+        A model that follows the ledger on the server. Without one, and without initial parameters,
+        the server needs no model: it learns the number of parameters from a node.
     evaluate
         Called with Flower's round and the replica, returns a loss and metrics, or None.
     ledger
@@ -79,7 +80,18 @@ class Ferret(Strategy):
         Where the ledger is written after each round.
     round_timeout
         Seconds to wait for nodes that are asked again within a round; None for as long as it takes.
+    exact_vectors
+        Send arrays of at most one dimension as they are, see `ferret_flwr.base`; only of importance
+        for nodes that run `ferret_mod`.
     """
+
+    def __new__(cls, strategy: Any, *args: Any, **kwargs: Any) -> Any:
+        """Make the kind of strategy that ``strategy`` is."""
+        if isinstance(strategy, MessageStrategy):
+            from ferret_flwr.flower.message_strategy import MessageFerret
+
+            return MessageFerret(strategy, *args, **kwargs)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -93,6 +105,7 @@ class Ferret(Strategy):
         ledger: Ledger | None = None,
         ledger_path: Path | None = None,
         round_timeout: float | None = None,
+        exact_vectors: bool = True,
     ) -> None:
         """Bring the replica to the end of the ledger, if both are given."""
         self.strategy = strategy
@@ -102,46 +115,63 @@ class Ferret(Strategy):
                 f"'ferret.bases' = 'per-client' needs FedAvg inside, got {strategy!r}: numbers on "
                 "different bases cannot be aggregated otherwise"
             )
-        if self.config.rate_schedule != "constant" and num_rounds < 1:
-            raise ConfigError(
-                f"the server rate is '{self.config.rate_schedule}': Ferret needs num_rounds"
-            )
-        self.seed = seed
-        self.num_rounds = num_rounds
-        self.replica = replica
+        self.coordinator = Coordinator(
+            self.config, seed=seed, num_rounds=num_rounds, ledger_path=ledger_path
+        )
+        self.coordinator.begin(ledger, replica)
         self.evaluate_replica = evaluate
-        self.ledger_path = ledger_path
         self.round_timeout = round_timeout
-        self.ledger = ledger
-        if replica is not None:
-            self.ledger = ledger or Ledger(replica.header)
-            replica.follow(self.ledger)
-            self.ledger = self.ledger.with_fingerprint(replica.fingerprint)
-        self.plan: RoundPlan | None = None
-        self.refused: dict[str, str] = {}  # node -> why its reply of this round was not used
-        self.replica_seconds = 0.0  # that the replica took to follow this round
-        self._reached: dict[str, int] = {}  # node -> rounds in its ledger cache
+        self.exact_vectors = exact_vectors
         self._configs: dict[str, dict[str, Scalar]] = {}  # what the inner strategy sends each node
 
     def __repr__(self) -> str:
         """Name the inner strategy."""
         return f"Ferret({self.strategy!r})"
 
+    @property
+    def ledger(self) -> Ledger | None:
+        """Return the rounds published so far; None until a base model is known."""
+        return self.coordinator.ledger
+
+    @property
+    def replica(self) -> Replica | None:
+        """Return the server's model, if it has one."""
+        return self.coordinator.replica
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Return which nodes' replies of this round were not used, and why."""
+        return self.coordinator.refused
+
+    @property
+    def replica_seconds(self) -> float:
+        """Return what the server's replica took to follow this round."""
+        return self.coordinator.replica_seconds
+
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
-        """Learn what the nodes' base model is, unless the server has it; return no weights."""
-        self.strategy.initialize_parameters(client_manager)
-        if self.ledger is None:
+        """Learn what the run starts from: initial parameters, the replica, or what nodes say."""
+        initial = self.strategy.initialize_parameters(client_manager)
+        if self.replica is None and initial is None and self.ledger is None:
             least = getattr(self.strategy, "min_available_clients", 1)
-            self.ledger = Ledger(_ask_for_header(client_manager, least))
-        return ndarrays_to_parameters([np.zeros(1, dtype=np.float32)])
+            header = _ask_for_header(client_manager, least)
+            if header is not None:
+                self.coordinator.begin(Ledger(header))
+            else:
+                initial = _ask_for_parameters(client_manager)
+        if self.replica is None and initial is not None:
+            arrays = tuple(parameters_to_ndarrays(initial))
+            names = tuple(str(i) for i in range(len(arrays)))
+            base = Base(names, arrays, self.exact_vectors)
+            replica = Replica(base.layout, base.masters())
+            self.coordinator.begin(self.ledger, replica, base)
+        return self._parameters()
 
     def configure_fit(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Plan the round and send each sampled node what it misses."""
-        ledger = self._ledger()
-        self.plan = next_plan(ledger, self.config, self.seed)
-        zeros = np.zeros(self.plan.num_coefficients, dtype=np.float32)
+        plan = self.coordinator.next_round()
+        zeros = np.zeros(plan.num_coefficients, dtype=np.float32)
         chosen = self.strategy.configure_fit(
             server_round=server_round,
             parameters=ndarrays_to_parameters([zeros]),
@@ -157,42 +187,30 @@ class Ferret(Strategy):
         failures: list[FitResult | BaseException],
     ) -> tuple[Parameters | None, Metrics]:
         """Check the replies, let the inner strategy average them, publish the round."""
-        assert self.plan is not None, "configure_fit comes first"
-        self.refused, self.replica_seconds = {}, 0.0
+        coordinator = self.coordinator
+        coordinator.start_replies()
         for failure in failures:
             log.warning("%s", failure_text(failure))
         for node in self._configs.keys() - {client.cid for client, _ in results}:
-            log.warning("node %s did not take part in round %d", node, self.plan.round)
-        rate = server_rate(self.config, self.plan, self._ledger(), self.num_rounds)
-        accepted = self._accept(self._ask_again(results, server_round), rate)
+            log.warning("node %s did not take part in round %d", node, len(coordinator.known()) + 1)
+        replies = [_reply_of(client, answer) for client, answer in results]
+        accepted = coordinator.accept(self._ask_again(replies, server_round))
         if not accepted:
-            log.error("round %d: no usable reply, nothing is published", self.plan.round)
             return None, {}
         aggregate, metrics = self.strategy.aggregate_fit(
-            server_round=server_round, results=accepted, failures=failures
+            server_round=server_round,
+            results=[reply.source for reply in accepted],
+            failures=failures,
         )
-        if aggregate is None:
-            log.error("round %d: the inner strategy returned nothing", self.plan.round)
+        made = None if aggregate is None else parameters_to_ndarrays(aggregate)[0]
+        if not coordinator.publish(made, accepted):
             return None, metrics
-        try:
-            if self.config.bases == "per-client":
-                entry = publish_rows(self.plan, accepted, rate)
-            else:
-                entry = publish(self.plan, parameters_to_ndarrays(aggregate)[0], rate)
-        except PlanError as error:
-            log.error("round %d is not published: %s", self.plan.round, error)
-            return None, metrics
-        self.ledger = self._ledger().append(entry)
-        if self.replica is not None:
-            start = time.perf_counter()
-            self.replica.follow(self.ledger)
-            self.ledger = self.ledger.with_fingerprint(self.replica.fingerprint)
-            self.replica_seconds = time.perf_counter() - start
-        self._save()
-        return ndarrays_to_parameters([np.zeros(1, dtype=np.float32)]), metrics
+        return self._parameters(), metrics
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, Metrics] | None:
-        """Evaluate the server's replica, if there is one."""
+        """Evaluate the server's replica, or let the inner strategy evaluate its arrays."""
+        if self.coordinator.base is not None:
+            return self.strategy.evaluate(server_round=server_round, parameters=parameters)
         if self.replica is None or self.evaluate_replica is None:
             return None
         return self.evaluate_replica(server_round, self.replica)
@@ -206,7 +224,7 @@ class Ferret(Strategy):
         )
         requests = []
         for client, instruction in chosen:
-            arrays, entry = self._request(client, None)
+            arrays, entry = wire.encode(self.coordinator.request(client.cid, None))
             requests.append((client, EvaluateIns(arrays, instruction.config | entry)))
         return requests
 
@@ -219,49 +237,45 @@ class Ferret(Strategy):
         """Leave the averaging to the inner strategy."""
         for failure in failures:
             log.warning("%s", failure_text(failure))
-        self.refused = {}
+        self.coordinator.refused = {}
         usable = []
-        for client, reply in results:
+        for client, answer in results:
+            about, answer.metrics = wire.about(answer.metrics)
             try:
-                check_evaluation(reply)
+                check_evaluation(answer, about)
             except ValueError as error:
-                self._refuse(client, reply.metrics, str(error))
+                self.coordinator.refuse(client.cid, about, str(error))
             else:
-                self._reached[client.cid] = cached_rounds(reply.metrics, len(self._ledger()))
-                usable.append((client, reply))
+                self.coordinator.reached(client.cid, about)
+                usable.append((client, answer))
         return self.strategy.aggregate_evaluate(
             server_round=server_round, results=usable, failures=failures
         )
 
-    def _ledger(self) -> Ledger:
-        if self.ledger is None:
-            raise LedgerError("the ledger has no header yet: initialize_parameters comes first")
-        return self.ledger
+    def _parameters(self) -> Parameters:
+        """Return what Flower calls the model: the app's arrays if they are known."""
+        base, replica = self.coordinator.base, self.replica
+        if base is None or replica is None:
+            return ndarrays_to_parameters([np.zeros(1, dtype=np.float32)])
+        return ndarrays_to_parameters(base.at(replica.arrays))
 
-    def _request(
-        self, client: ClientProxy, plan: RoundPlan | None
-    ) -> tuple[Parameters, dict[str, Scalar]]:
-        since = self._reached.get(client.cid, 0)
-        return wire.encode(wire.Request.of(self._ledger(), since, plan, self.config.bases))
-
-    def _train_request(self, client: ClientProxy) -> FitIns:
-        arrays, entry = self._request(client, self.plan)
+    def _train_request(self, client: ClientProxy, base: bool = False) -> FitIns:
+        request = self.coordinator.request(client.cid, self.coordinator.plan, base)
+        arrays, entry = wire.encode(request)
         return FitIns(arrays, self._configs.get(client.cid, {}) | entry)
 
-    def _ask_again(self, results: list[FitResult], server_round: int) -> list[FitResult]:
-        """Send the whole ledger to the nodes that have lost theirs, and use their new replies."""
-        stale = {
-            client: node_name(client, reply.metrics)
-            for client, reply in results
-            if reply.metrics.get("stale")
-        }
+    def _ask_again(self, replies: list[Reply], server_round: int) -> list[Reply]:
+        """Send nodes what they lack, the base or the whole ledger, and use their new replies."""
+        stale = [reply for reply in replies if reply.about.get("stale")]
         if not stale:
-            return results
-        requests = []
-        for client, name in stale.items():
-            log.warning("%s has lost its ledger cache and gets the whole ledger", name)
-            self._reached[client.cid] = 0
-            requests.append((client, self._train_request(client)))
+            return replies
+        names, requests = {}, []
+        for reply in stale:
+            client, _ = reply.source
+            names[client.cid] = self.coordinator.forget(reply.node, reply.about)
+            requests.append(
+                (client, self._train_request(client, bool(reply.about.get("baseless"))))
+            )
         again, failures = fit_clients(
             requests,
             max_workers=MOST_AT_ONCE,
@@ -270,95 +284,24 @@ class Ferret(Strategy):
         )
         for failure in failures:
             log.warning("asked again: %s", failure_text(failure))
-        answered = {client.cid for client, _ in again}
-        for client, name in stale.items():
-            if client.cid not in answered:
-                self.refused[name] = "it did not answer when it was sent the whole ledger"
-        return [result for result in results if result[0] not in stale] + again
-
-    def _refuse(self, client: ClientProxy, metrics: Metrics, reason: str) -> None:
-        """Name the node, and send it the whole ledger next time."""
-        name, reason = node_name(client, metrics), told(reason)
-        self.refused[name] = reason
-        self._reached[client.cid] = 0
-        log.warning("%s is left out: %s", name, reason)
-
-    def _accept(self, results: list[FitResult], rate: float) -> list[FitResult]:
-        """Return the replies that can be used, in an order that does not depend on arrival."""
-        plan, ledger = self.plan, self._ledger()
-        assert plan is not None
-        usable = []
-        for client, reply in sorted(results, key=by_partition):
-            try:
-                check_reply(reply, plan, self.config.bases, rate)
-                usable.append((client, reply))
-            except Exception as error:  # a stranger may send anything
-                self._refuse(client, reply.metrics, str(error))
-        for partition, count in Counter(r.metrics["partition-id"] for _, r in usable).items():
-            if count > 1:
-                log.warning(
-                    "%d nodes have 'partition-id' = %s: give each its own", count, partition
-                )
-        usable = self._not_huge(usable)
-        expected = ledger.fingerprint or self._vote(usable)
-        if expected and not ledger.fingerprint:
-            self.ledger = ledger.with_fingerprint(expected)
-        accepted = []
-        for client, reply in usable:
-            if expected and reply.metrics["fingerprint"] == expected:
-                self._reached[client.cid] = cached_rounds(reply.metrics, len(ledger))
-                accepted.append((client, reply))
-            else:
-                self._refuse(
-                    client,
-                    reply.metrics,
-                    f"it trained from parameters {reply.metrics['fingerprint']!r}, expected "
-                    f"{expected or 'a majority to agree'}: its replica is stale or has diverged",
-                )
-        return accepted
-
-    def _not_huge(self, results: list[FitResult]) -> list[FitResult]:
-        """Return the replies that are not far longer than the others and the round before."""
-        assert self.plan is not None
-        ratio = self.config.max_norm_ratio
-        norms = estimated_norms((reply for _, reply in results), self.plan)
-        several = [n for n in norms if n] if len(norms) > 1 else []  # one is no measure of itself
-        usual = max(median_low(several or [0.0]), last_norm(self._ledger()))
-        kept = []
-        for (client, reply), norm in zip(results, norms, strict=True):
-            if ratio and usual and norm > ratio * usual:
-                self._refuse(
-                    client,
-                    reply.metrics,
-                    f"its update is {norm:.3g} long where {usual:.3g} is usual; "
-                    f"'ferret.max-norm-ratio' allows {ratio:g} times as much",
-                )
-            else:
-                kept.append((client, reply))
-        return kept
-
-    def _vote(self, results: list[FitResult]) -> str:
-        """Return the fingerprint that more than half of the nodes report, "" if none."""
-        votes = Counter(str(reply.metrics["fingerprint"]) for _, reply in results)
-        fingerprint, count = votes.most_common(1)[0] if votes else ("", 0)
-        return fingerprint if 2 * count > len(results) else ""
-
-    def _save(self) -> None:
-        if self.ledger_path is None:
-            return
-        try:
-            self._ledger().save(self.ledger_path)
-        except OSError as error:
-            log.error(
-                "cannot write the ledger '%s': %s; the previous one is kept, the next round tries "
-                "again",
-                self.ledger_path,
-                error.strerror,
-            )
+        for cid in names.keys() - {client.cid for client, _ in again}:
+            self.coordinator.silent(names[cid])
+        others = [reply for reply in replies if reply not in stale]
+        return others + [_reply_of(client, answer) for client, answer in again]
 
 
-def _ask_for_header(client_manager: ClientManager, least: int) -> Header:
+def _reply_of(client: ClientProxy, answer: FitRes) -> Reply:
+    """Return an answer as the coordinator sees it, and as the inner strategy shall see it."""
+    about, metrics = wire.about(answer.metrics)
+    cleaned = FitRes(answer.status, answer.parameters, answer.num_examples, metrics)
+    tensors = answer.parameters.tensors
+    return Reply(client.cid, about, answer.num_examples, tensors, (client, cleaned))
+
+
+def _ask_for_header(client_manager: ClientManager, least: int) -> Header | None:
     """Return the header that most of a few nodes report for their base model.
+
+    None if they run `ferret_mod`, and start from what the server sends.
 
     Parameters
     ----------
@@ -375,7 +318,7 @@ def _ask_for_header(client_manager: ClientManager, least: int) -> Header:
     """
     client_manager.wait_for(least, timeout=WAIT_SECONDS)
     count = min(max(least, 1), ASKED_FOR_HEADER, client_manager.num_available())
-    votes: Counter[Header] = Counter()
+    votes: Counter[Header | None] = Counter()
     answers, errors = [], []
     clients = client_manager.sample(count)
     with ThreadPoolExecutor(ASKED_FOR_HEADER) as pool:
@@ -384,7 +327,8 @@ def _ask_for_header(client_manager: ClientManager, least: int) -> Header:
         try:
             header = answer.result()
             votes[header] += 1
-            answers.append(f"node {client.cid}: {header.base} of {header.size} parameters")
+            told_header = f"{header.base} of {header.size} parameters" if header else "ferret_mod"
+            answers.append(f"node {client.cid}: {told_header}")
         except Exception as error:  # whatever one node does, the others decide
             errors.append(f"node {client.cid}: {told(error)}")
             log.warning(errors[-1])
@@ -396,15 +340,25 @@ def _ask_for_header(client_manager: ClientManager, least: int) -> Header:
     return header
 
 
-def _header_of(client: ClientProxy) -> Header:
+def _header_of(client: ClientProxy) -> Header | None:
     """Ask a node for its base model, and return what it says or raise why it cannot be."""
-    question = GetPropertiesIns(config={})
+    question = GetPropertiesIns(config={"ask": "base"})
     answer = client.get_properties(question, timeout=HEADER_SECONDS, group_id=0).properties
     if "error" in answer:
         raise ValueError(str(answer["error"]))
+    if answer.get("base") == wire.FROM_SERVER:
+        return None
     if missing := set(HEADER_FIELDS) - set(answer):
         raise ValueError(f"it does not say its {sorted(missing)}: it must use FerretClient")
     header = Header(**{name: answer[name] for name in HEADER_FIELDS})  # type: ignore[arg-type]
     if [type(value) for value in astuple(header)] != [str, int, str, str] or header.size < 1:
         raise ValueError(f"there is no such base model: {header}")
     return header
+
+
+def _ask_for_parameters(client_manager: ClientManager) -> Parameters:
+    """Return what one node's app starts from, as Flower itself asks for it."""
+    (client,) = client_manager.sample(1)
+    log.info("asking node %s for the initial parameters", client.cid)
+    question = GetParametersIns(config={})
+    return client.get_parameters(question, timeout=HEADER_SECONDS, group_id=0).parameters

@@ -1,8 +1,9 @@
 """What crosses the wire, and what it weighs.
 
 A request carries one JSON text under the key ``ferret`` and, as arrays, the packed bases per block
-of the coming round (in requests to train) and of each missed entry with its coefficients. A reply
-carries γ as one float32 array and a few scalars. Nothing is pickled.
+of the coming round (in requests to train), those of each missed entry with its coefficients, and
+the base's own arrays if the node has asked for them. A reply carries γ as one float32 array and a
+few scalars. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common import Parameters, Scalar, ndarrays_to_parameters
 from flwr.common.serde import recorddict_to_proto
 
+from ferret_flwr.base import Base
 from ferret_flwr.ledger import Entry, Header, Ledger, pack_plan, unpack_plan
 from ferret_flwr.projection.kernels.philox import derive_seed
 from ferret_flwr.projection.plan import RoundPlan
 
 KEY = "ferret"
-PROTOCOL = 2
+PROTOCOL = 3
+FROM_SERVER = "from-server"  # the base of a node that runs `ferret_mod`
 
 
 class ProtocolError(ValueError):
@@ -50,6 +53,8 @@ class Request:
         The bases of the coming round; None in a request to evaluate.
     bases
         Whether the node draws the plan's bases or its own, one of `ferret.bases`.
+    base
+        What the header names, for a node that does not have it.
     """
 
     header: Header
@@ -60,10 +65,16 @@ class Request:
     head: str
     plan: RoundPlan | None
     bases: str = "shared"
+    base: Base | None = None
 
     @classmethod
     def of(
-        cls, ledger: Ledger, since: int, plan: RoundPlan | None, bases: str = "shared"
+        cls,
+        ledger: Ledger,
+        since: int,
+        plan: RoundPlan | None,
+        bases: str = "shared",
+        base: Base | None = None,
     ) -> Request:
         """Return the request for a node that has the first ``since`` rounds of ``ledger``."""
         return cls(
@@ -75,6 +86,7 @@ class Request:
             ledger.head,
             plan,
             bases,
+            base,
         )
 
 
@@ -88,6 +100,10 @@ def encode(request: Request) -> tuple[Parameters, dict[str, Scalar]]:
         meta, pair = _packed_entry(entry)
         metas.append(meta)
         tensors.extend(pair)
+    base = None
+    if request.base is not None:
+        base, contents = _packed_base(request.base)
+        tensors.extend(contents)
     text = json.dumps(
         {
             "protocol": PROTOCOL,
@@ -99,6 +115,7 @@ def encode(request: Request) -> tuple[Parameters, dict[str, Scalar]]:
             "head": request.head,
             "plan": plan,
             "bases": request.bases,
+            "base": base,
         },
         separators=(",", ":"),
     )
@@ -109,6 +126,7 @@ def encode(request: Request) -> tuple[Parameters, dict[str, Scalar]]:
 # hundred rounds would otherwise cost the server a copy of a hundred entries.
 _entries: WeakKeyDictionary[Entry, tuple[dict[str, Any], list[bytes]]] = WeakKeyDictionary()
 _plans: WeakKeyDictionary[RoundPlan, tuple[dict[str, Any], bytes]] = WeakKeyDictionary()
+_bases: WeakKeyDictionary[Base, tuple[dict[str, Any], list[bytes]]] = WeakKeyDictionary()
 
 
 def _packed_entry(entry: Entry) -> tuple[dict[str, Any], list[bytes]]:
@@ -124,6 +142,13 @@ def _packed_plan(plan: RoundPlan) -> tuple[dict[str, Any], bytes]:
         meta, counts = pack_plan(plan)
         _plans[plan] = meta, ndarrays_to_parameters([counts]).tensors[0]
     return _plans[plan]
+
+
+def _packed_base(base: Base) -> tuple[dict[str, Any], list[bytes]]:
+    if base not in _bases:
+        about = {"names": base.names, "exact-vectors": base.exact_vectors}
+        _bases[base] = about, ndarrays_to_parameters(list(base.arrays)).tensors
+    return _bases[base]
 
 
 def decode(arrays: Sequence[np.ndarray], config: Mapping[str, Any]) -> Request:
@@ -159,6 +184,10 @@ def decode(arrays: Sequence[np.ndarray], config: Mapping[str, Any]) -> Request:
             )
             for i, meta in enumerate(values["entries"])
         )
+        base = None
+        if (about := values["base"]) is not None:
+            rest = rest[2 * len(entries) :]
+            base = Base(tuple(about["names"]), tuple(rest), about["exact-vectors"])
         return Request(
             header,
             values["since"],
@@ -168,11 +197,27 @@ def decode(arrays: Sequence[np.ndarray], config: Mapping[str, Any]) -> Request:
             values["head"],
             plan,
             values["bases"],
+            base,
         )
     except ProtocolError:
         raise
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise ProtocolError(f"the request is not valid: {error!r}") from error
+
+
+def about(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a node says of its own answer, and what the app's code has reported.
+
+    `FerretClient` is both, `ferret_mod` puts its part into one JSON text under the key ``ferret``.
+    """
+    rest = dict(metrics)
+    if KEY not in rest:
+        return rest, rest
+    try:
+        said = json.loads(rest.pop(KEY))
+    except (TypeError, ValueError):
+        said = None
+    return (said if isinstance(said, dict) else {}), rest
 
 
 def node_seed(plan: RoundPlan, bases: str, partition_id: int) -> int:

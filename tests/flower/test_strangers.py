@@ -335,7 +335,7 @@ def test_small_updates_and_none_are_no_measure(scene: Scene) -> None:
     still = scene.reply(1)
     still.parameters = ndarrays_to_parameters([np.zeros(512, dtype=np.float32)])
     first = scene.server(ledger=Ledger(scene.ledger.header))
-    assert first.plan is not None
+    assert first.coordinator.plan is not None
     replies = [scene.reply(0, round=1), still]
     replies[1].metrics |= scene.reply(1, round=1).metrics
     scene.end(first, *replies)
@@ -496,10 +496,10 @@ def test_node_of_another_version_is_refused(scene: Scene, monkeypatch: pytest.Mo
     strategy = scene.server()
     with monkeypatch.context() as patch:
         request = scene.begin(strategy)["1"]
-        patch.setattr(wire, "PROTOCOL", 3)
+        patch.setattr(wire, "PROTOCOL", 4)
         reply = scene.federation.client(1).fit(request)
     assert scene.end(strategy, scene.reply(0), reply) == scene.without_node_1()
-    assert "the server speaks protocol 2, this node 3" in strategy.refused[NODE_1]
+    assert "the server speaks protocol 3, this node 4" in strategy.refused[NODE_1]
 
 
 # Requests: whoever speaks in the server's place
@@ -581,7 +581,7 @@ def fingerprint(values: dict[str, Any], arrays: list[np.ndarray]) -> None:
 
 
 def protocol(values: dict[str, Any], arrays: list[np.ndarray]) -> None:
-    values["protocol"] = 3
+    values["protocol"] = 4
 
 
 UNCHAINED = "do not lead to the ledger that they name"

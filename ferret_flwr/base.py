@@ -1,0 +1,158 @@
+"""The arrays that another app calls its model: which are tuned, and which stay as they are.
+
+Ferret's own app knows a model by its trainable tensors. An app that only plugs Ferret in hands over
+a list of arrays of any kind. Those of floating point are tuned: matrices and whatever has more
+dimensions are projected, and vectors travel exactly if `exact_vectors` says so. They are few and
+hold what noise would harm most: the running statistics of batch normalisation, scales, biases.
+Integers and booleans, such as counters, stay what they are at the start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ferret_flwr.files import write_atomic
+from ferret_flwr.ledger import Header
+from ferret_flwr.projection.layout import Layout
+from ferret_flwr.projection.projection import fingerprint
+
+TUNED = ("float16", "float32", "float64")
+FIXED_KINDS = "biu"  # NumPy's kinds: booleans, integers
+
+
+class BaseError(ValueError):
+    """Arrays cannot be tuned, or are not those of the base."""
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """What a run starts from, as the app's own code sees it.
+
+    Attributes
+    ----------
+    names, arrays
+        In the app's order.
+    exact_vectors
+        Whether arrays of at most one dimension are sent as they are instead of projected.
+    """
+
+    names: tuple[str, ...]
+    arrays: tuple[np.ndarray, ...]
+    exact_vectors: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what could not be tuned."""
+        for name, array in zip(self.names, self.arrays, strict=True):
+            if array.dtype.name not in TUNED and array.dtype.kind not in FIXED_KINDS:
+                raise BaseError(
+                    f"array '{name}' is of {array.dtype}: Ferret tunes {', '.join(TUNED)} and "
+                    "leaves integers and booleans as they are"
+                )
+            with np.errstate(over="ignore"):  # what overflows float32 is not finite there
+                finite = _is_fixed(array) or np.isfinite(array.astype(np.float32)).all()
+            if not finite:
+                raise BaseError(f"array '{name}' has elements that are not finite in float32")
+        if all(_is_fixed(array) for array in self.arrays):
+            raise BaseError(
+                f"none of the {len(self.arrays)} arrays is of {', '.join(TUNED)}: there is "
+                "nothing to tune"
+            )
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """Positions of the tuned arrays in the order of `layout`."""
+        tuned = [i for i, array in enumerate(self.arrays) if not _is_fixed(array)]
+        return tuple(sorted(tuned, key=lambda i: self._is_exact(i)))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The tuned arrays, the exact ones last; none is exact if all are vectors."""
+        exact = sum(self._is_exact(i) for i in self.order)
+        return Layout(
+            tuple(self.names[i] for i in self.order),
+            tuple(self.arrays[i].shape for i in self.order),
+            exact if exact < len(self.order) else 0,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of all arrays, which FedAvg sends each way and round."""
+        return sum(array.nbytes for array in self.arrays)
+
+    def masters(self) -> list[np.ndarray]:
+        """Return m_0: new float32 arrays in layout order."""
+        return [np.array(self.arrays[i], dtype=np.float32, order="C") for i in self.order]
+
+    def at(self, masters: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return the app's arrays, in its order and dtypes, for parameters ``masters``."""
+        arrays = list(self.arrays)
+        for i, master in zip(self.order, masters, strict=True):
+            arrays[i] = master.astype(self.arrays[i].dtype)
+        return arrays
+
+    def tuned(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return those of the app's ``arrays`` that are tuned, in layout order, to be projected.
+
+        Raises
+        ------
+        BaseError
+            Naming the array that is missing or has another shape.
+        """
+        if len(arrays) != len(self.arrays):
+            raise BaseError(f"the app returned {len(arrays)} arrays, it got {len(self.arrays)}")
+        for name, base, array in zip(self.names, self.arrays, arrays, strict=True):
+            if array.shape != base.shape:
+                raise BaseError(
+                    f"the app returned array '{name}' of shape {array.shape}, it got {base.shape}"
+                )
+        return [_projectable(arrays[i], self.arrays[i].dtype) for i in self.order]
+
+    def fits(self, header: Header) -> bool:
+        """Return whether this is the base that ``header`` names."""
+        same = (header.layout, header.size) == (self.layout.fingerprint, self.layout.size)
+        return same and header.base == fingerprint(self.masters(), self.layout)
+
+    def save(self, path: Path) -> None:
+        """Write everything to ``path``, whole or not at all."""
+        text = json.dumps({"names": self.names, "exact-vectors": self.exact_vectors})
+        tensors = {str(i): np.asarray(array, order="C") for i, array in enumerate(self.arrays)}
+        write_atomic(path, save(tensors, metadata={"base": text}))
+
+    @classmethod
+    def load(cls, path: Path) -> Base:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        BaseError
+            If the file is not there or not whole.
+        """
+        try:
+            with safe_open(path, framework="numpy") as file:
+                about = json.loads(file.metadata()["base"])
+                names = tuple(about["names"])
+                arrays = tuple(file.get_tensor(str(i)) for i in range(len(names)))
+            return cls(names, arrays, about["exact-vectors"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise BaseError(f"'{path}' holds no base model: {error}") from error
+
+    def _is_exact(self, i: int) -> bool:
+        return self.exact_vectors and self.arrays[i].ndim <= 1
+
+
+def _is_fixed(array: np.ndarray) -> bool:
+    return array.dtype.kind in FIXED_KINDS or not array.size
+
+
+def _projectable(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return ``array`` as the base's dtype, and that as one that can be projected."""
+    array = np.asarray(array, dtype=dtype)
+    return array.astype(np.float32) if dtype == np.float64 else array

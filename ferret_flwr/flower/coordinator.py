@@ -1,0 +1,298 @@
+"""What the server knows and decides in a round, whichever of Flower's interfaces asks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import median_low
+from typing import Any
+
+import numpy as np
+
+from ferret_flwr.config import ConfigError, FerretConfig
+from ferret_flwr.flower import wire
+from ferret_flwr.flower.nodes import name_of, told
+from ferret_flwr.flower.replies import (
+    Reply,
+    cached_rounds,
+    check_reply,
+    estimated_norms,
+    last_norm,
+    publish_rows,
+    untouched,
+)
+from ferret_flwr.ledger import Ledger, LedgerError
+from ferret_flwr.projection.plan import PlanError, RoundPlan
+from ferret_flwr.replica import Replica
+from ferret_flwr.rounds import next_plan, publish, server_rate
+
+log = logging.getLogger(__name__)
+
+
+class Coordinator:
+    """The ledger, what each node has of it, and which replies count.
+
+    Parameters
+    ----------
+    config
+        Number, family and allocation of the bases, server rate.
+    seed
+        The run's seed; every round's bases follow from it.
+    num_rounds
+        Length of the whole run, which the decaying server rates need.
+    ledger_path
+        Where the ledger is written after each round.
+
+    Attributes
+    ----------
+    ledger
+        None until a base model is known, see `begin`.
+    replica
+        Follows the ledger, if the server has a model.
+    base
+        The arrays that the run starts from, if nodes may ask for them.
+    plan
+        Of the round under way.
+    refused
+        Node -> why its reply of this round was not used.
+    replica_seconds
+        What the replica took to follow this round.
+    """
+
+    def __init__(
+        self, config: FerretConfig, *, seed: int, num_rounds: int, ledger_path: Path | None
+    ) -> None:
+        """Know no model yet."""
+        if config.rate_schedule != "constant" and num_rounds < 1:
+            raise ConfigError(
+                f"the server rate is '{config.rate_schedule}': Ferret needs num_rounds"
+            )
+        self.config = config
+        self.seed = seed
+        self.num_rounds = num_rounds
+        self.ledger_path = ledger_path
+        self.ledger: Ledger | None = None
+        self.replica: Replica | None = None
+        self.base: wire.Base | None = None
+        self.plan: RoundPlan | None = None
+        self.refused: dict[str, str] = {}
+        self.replica_seconds = 0.0
+        self._reached: dict[str, int] = {}  # node -> rounds in its ledger cache
+        self._has_base: set[str] = set()  # nodes that have shown it
+
+    def begin(
+        self,
+        ledger: Ledger | None,
+        replica: Replica | None = None,
+        base: wire.Base | None = None,
+    ) -> None:
+        """Start from a ledger, or from a replica's model, which is brought to the ledger's end.
+
+        Raises
+        ------
+        LedgerError
+            If the ledger belongs to another model.
+        """
+        self.ledger, self.replica, self.base = ledger, replica, base
+        if base is not None:
+            _tell(base)
+        if replica is not None:
+            self.ledger = ledger or Ledger(replica.header)
+            replica.follow(self.ledger)
+            self.ledger = self.ledger.with_fingerprint(replica.fingerprint)
+
+    def known(self) -> Ledger:
+        """Return the ledger.
+
+        Raises
+        ------
+        LedgerError
+            If there is none yet.
+        """
+        if self.ledger is None:
+            raise LedgerError("the ledger has no header yet: the base model must be known first")
+        return self.ledger
+
+    def next_round(self) -> RoundPlan:
+        """Plan the coming round."""
+        exact = self.base.layout.exact_size if self.base else 0
+        self.plan = next_plan(self.known(), self.config, self.seed, exact)
+        return self.plan
+
+    def start_replies(self) -> None:
+        """Forget what was noted of the round before."""
+        self.refused, self.replica_seconds = {}, 0.0
+
+    def request(self, node: str, plan: RoundPlan | None, base: bool = False) -> wire.Request:
+        """Return what ``node`` needs to reach the current model and, to train, to answer.
+
+        Parameters
+        ----------
+        node
+            Flower's id.
+        plan
+            Of the round; None in a request to evaluate, which cannot be asked again: it brings
+            the base to a node that has not shown that it has it.
+        base
+            Whether the node has said that it lacks the base.
+        """
+        since = self._reached.get(node, 0)
+        lacks = base or (plan is None and node not in self._has_base)
+        sent = self.base if lacks else None
+        return wire.Request.of(self.known(), since, plan, self.config.bases, sent)
+
+    def forget(self, node: str, about: Mapping[str, Any]) -> str:
+        """Send the whole ledger next time to a node that lacks something; return its name."""
+        name = name_of(node, about)
+        self._reached[node] = 0
+        if about.get("baseless"):
+            log.info("%s has no base model yet and gets it", name)
+        else:
+            log.warning("%s has lost its ledger cache and gets the whole ledger", name)
+        return name
+
+    def silent(self, name: str) -> None:
+        """Note a node that did not answer when it was asked again."""
+        self.refused[name] = "it did not answer when it was sent what it lacked"
+
+    def refuse(self, node: str, about: Mapping[str, Any], reason: str) -> None:
+        """Name the node, and send it the whole ledger next time."""
+        name, reason = name_of(node, about), told(reason)
+        self.refused[name] = reason
+        self._reached[node] = 0
+        log.warning("%s is left out: %s", name, reason)
+
+    def reached(self, node: str, about: Mapping[str, Any]) -> None:
+        """Note that ``node`` has the base, and how many rounds it says it keeps."""
+        self._has_base.add(node)
+        self._reached[node] = cached_rounds(about, len(self.known()))
+
+    def accept(self, replies: Iterable[Reply]) -> list[Reply]:
+        """Return the replies that can be used, in an order that does not depend on arrival."""
+        plan, ledger = self._planned(), self.known()
+        rate = self._rate()
+        usable = []
+        for reply in sorted(replies, key=Reply.order):
+            try:
+                check_reply(reply, plan, self.config.bases, rate)
+                usable.append(reply)
+            except Exception as error:  # a stranger may send anything
+                self.refuse(reply.node, reply.about, str(error))
+        for partition, count in Counter(reply.about["partition-id"] for reply in usable).items():
+            if count > 1:
+                log.warning(
+                    "%d nodes have 'partition-id' = %s: give each its own", count, partition
+                )
+        usable = self._not_huge(usable)
+        expected = ledger.fingerprint or _vote(usable)
+        if expected and not ledger.fingerprint:
+            self.ledger = ledger.with_fingerprint(expected)
+        accepted = []
+        for reply in usable:
+            if expected and reply.about["fingerprint"] == expected:
+                self.reached(reply.node, reply.about)
+                accepted.append(reply)
+            else:
+                self.refuse(
+                    reply.node,
+                    reply.about,
+                    f"it trained from parameters {reply.about['fingerprint']!r}, expected "
+                    f"{expected or 'a majority to agree'}: its replica is stale or has diverged",
+                )
+        if not accepted:
+            log.error("round %d: no usable reply, nothing is published", plan.round)
+        return accepted
+
+    def publish(self, aggregate: np.ndarray | None, accepted: list[Reply]) -> bool:
+        """Append the round to the ledger, apply it, save; return whether it could be published.
+
+        Parameters
+        ----------
+        aggregate
+            What the inner strategy made of the γ: ``(K + E,)``; None if it made nothing.
+        accepted
+            The replies that it was given.
+        """
+        plan, rate = self._planned(), self._rate()
+        if aggregate is None:
+            log.error("round %d: the inner strategy returned nothing", plan.round)
+            return False
+        still = untouched(accepted, len(self.base.layout.names)) if self.base else ()
+        try:
+            if self.config.bases == "per-client":
+                entry = publish_rows(plan, accepted, rate, still)
+            else:
+                entry = publish(plan, aggregate, rate, still=still)
+        except PlanError as error:
+            log.error("round %d is not published: %s", plan.round, error)
+            return False
+        self.ledger = self.known().append(entry)
+        if self.replica is not None:
+            start = time.perf_counter()
+            self.replica.follow(self.ledger)
+            self.ledger = self.ledger.with_fingerprint(self.replica.fingerprint)
+            self.replica_seconds = time.perf_counter() - start
+        self._save()
+        return True
+
+    def _planned(self) -> RoundPlan:
+        assert self.plan is not None, "next_round comes first"
+        return self.plan
+
+    def _rate(self) -> float:
+        return server_rate(self.config, self._planned(), self.known(), self.num_rounds)
+
+    def _not_huge(self, replies: list[Reply]) -> list[Reply]:
+        """Return the replies that are not far longer than the others and the round before."""
+        ratio = self.config.max_norm_ratio
+        norms = estimated_norms(replies, self._planned())
+        several = [n for n in norms if n] if len(norms) > 1 else []  # one is no measure of itself
+        usual = max(median_low(several or [0.0]), last_norm(self.known()))
+        kept = []
+        for reply, norm in zip(replies, norms, strict=True):
+            if ratio and usual and norm > ratio * usual:
+                self.refuse(
+                    reply.node,
+                    reply.about,
+                    f"its update is {norm:.3g} long where {usual:.3g} is usual; "
+                    f"'ferret.max-norm-ratio' allows {ratio:g} times as much",
+                )
+            else:
+                kept.append(reply)
+        return kept
+
+    def _save(self) -> None:
+        if self.ledger_path is None:
+            return
+        try:
+            self.known().save(self.ledger_path)
+        except OSError as error:
+            log.error(
+                "cannot write the ledger '%s': %s; the previous one is kept, the next round tries "
+                "again",
+                self.ledger_path,
+                error.strerror,
+            )
+
+
+def _tell(base: wire.Base) -> None:
+    """Log what is projected and what is not."""
+    layout = base.layout
+    log.info(
+        "%d arrays of %d numbers are projected, %d of %d are sent exactly, %d stay as they are",
+        layout.num_projected,
+        layout.size - layout.exact_size,
+        layout.exact,
+        layout.exact_size,
+        len(base.names) - len(layout.names),
+    )
+
+
+def _vote(replies: list[Reply]) -> str:
+    """Return the fingerprint that more than half of the nodes report, "" if none."""
+    votes = Counter(str(reply.about["fingerprint"]) for reply in replies)
+    fingerprint, count = votes.most_common(1)[0] if votes else ("", 0)
+    return fingerprint if 2 * count > len(replies) else ""

@@ -1,0 +1,205 @@
+"""Two lines make Ferret of an ordinary FedAvg project, whatever arrays it has."""
+
+import numpy as np
+import pytest
+
+from ferret_flwr.config import FerretConfig
+from ferret_flwr.flower import Ferret
+from ferret_flwr.ledger import Ledger
+
+from .conftest import Nodes, start_arrays
+
+START = start_arrays()
+TUNED = ["embed", "half", "frozen", "head"]
+EXACT = ["norm", "scalar"]
+SIZE = sum(START[name].size for name in TUNED)
+VECTORS = sum(START[name].size for name in EXACT)
+
+
+def run_fedavg(api, folder, rounds=3):
+    app, strategy, run = api
+    return run(strategy(), Nodes(app(mods=[]), folder), rounds)[0]
+
+
+def run_ferret(api, folder, rounds=3, coefficients=10**6, **more):
+    app, strategy, run = api
+    nodes = Nodes(app(), folder)
+    ferret = Ferret(strategy(), FerretConfig(coefficients=coefficients), **more)
+    arrays, _ = run(ferret, nodes, rounds)
+    return arrays, ferret, nodes
+
+
+def test_with_as_many_coefficients_as_parameters_it_is_fedavg(api, tmp_path):
+    """Each basis is one element then; what is left is rounding to float32, a round at a time."""
+    expected = dict(zip(START, run_fedavg(api, tmp_path / "a"), strict=True))
+    arrays, ferret, _ = run_ferret(api, tmp_path / "b")
+    assert ferret.ledger.entries[0].plan.num_bases == SIZE
+    for (name, start), array in zip(START.items(), arrays, strict=True):
+        assert array.dtype == start.dtype and array.shape == start.shape
+        if start.dtype.kind != "f":
+            np.testing.assert_array_equal(array, start)  # FedAvg's counter is 10 by now
+            continue
+        unit = np.finfo(np.float16 if name == "half" else np.float32).eps
+        largest = np.abs(start).max() + 1
+        np.testing.assert_allclose(array, expected[name], rtol=0, atol=6 * unit * largest)
+    moved = np.abs(arrays[0] - START["embed"]).max()
+    assert moved > 0.1  # else the tolerance would hold for a run that does nothing
+
+
+def test_a_round_is_kilobytes_and_vectors_are_exact(api, tmp_path):
+    expected = dict(zip(START, run_fedavg(api, tmp_path / "a", 1), strict=True))
+    arrays, _, nodes = run_ferret(api, tmp_path / "b", rounds=1, coefficients=64)
+    arrays = dict(zip(START, arrays, strict=True))
+    for name in EXACT:
+        np.testing.assert_allclose(arrays[name], expected[name], rtol=1e-6)
+    assert not np.allclose(arrays["embed"], expected["embed"], atol=1e-3)  # 64 for 2,540 numbers
+    trained = [up for kind, _, up in nodes.bytes if kind == "train"]
+    assert 4 * (64 + VECTORS) < max(trained) < 4 * (64 + VECTORS) + 1000
+
+
+def test_what_no_node_changes_gets_no_noise(api, tmp_path):
+    arrays, ferret, _ = run_ferret(api, tmp_path, coefficients=64)
+    arrays = dict(zip(START, arrays, strict=True))
+    layout = ferret.coordinator.base.layout
+    assert layout.names[-2:] == (("1", "7") if "0" in layout.names else ("norm", "scalar"))
+    np.testing.assert_array_equal(arrays["frozen"], START["frozen"])
+    assert ferret.ledger.entries[0].still == (2,)
+    assert (arrays["embed"] != START["embed"]).any()
+
+
+def test_the_base_is_sent_once(api, tmp_path):
+    _, _, nodes = run_ferret(api, tmp_path, rounds=3, coefficients=64)
+    down = [down for kind, down, _ in nodes.bytes if kind == "train"]
+    whole = sum(array.nbytes for array in START.values())
+    assert len(down) == 2 + 2 + 2 + 2  # both ask for it, then both train, then two more rounds
+    assert sorted(n > whole for n in down) == [False] * 6 + [True] * 2
+    assert len(list(tmp_path.glob("node-*/bases/*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "another"])
+def test_a_lost_base_is_asked_for_again(damage, api, tmp_path):
+    app, strategy, run = api
+    expected, _, _ = run_ferret(api, tmp_path / "whole", rounds=2, coefficients=64)
+    nodes = Nodes(app(), tmp_path / "lossy")
+    ferret = Ferret(strategy(), FerretConfig(coefficients=64))
+    run(ferret, nodes, 1)
+    (path,) = nodes.cache(1).glob("bases/*.safetensors")
+    if damage == "deleted":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        other = ferret.coordinator.base.arrays
+        type(ferret.coordinator.base)(
+            ferret.coordinator.base.names, tuple(array * 2 for array in other)
+        ).save(path)
+    arrays, _ = run(ferret, nodes, 1)
+    assert not ferret.refused
+    for array, whole in zip(arrays, expected, strict=True):
+        np.testing.assert_array_equal(array, whole)
+
+
+def test_a_run_is_resumed_bit_for_bit(api, tmp_path):
+    expected, _, _ = run_ferret(api, tmp_path / "whole", rounds=3, coefficients=64)
+    path = tmp_path / "run.ledger"
+    run_ferret(api, tmp_path / "half", rounds=2, coefficients=64, ledger_path=path)
+    arrays, ferret, _ = run_ferret(
+        api, tmp_path / "other", rounds=1, coefficients=64, ledger=Ledger.load(path)
+    )
+    assert len(ferret.ledger) == 3
+    for array, whole in zip(arrays, expected, strict=True):
+        np.testing.assert_array_equal(array, whole)
+
+
+def test_a_node_that_fails_is_left_out(api, tmp_path, caplog):
+    app, strategy, run = api
+    nodes = Nodes(app(), tmp_path)
+    nodes.dead.add(2)
+    more = {"accept_failures": True} if strategy.__name__ == "legacy_fedavg" else {}
+    ferret = Ferret(strategy(**more), FerretConfig(coefficients=64))
+    run(ferret, nodes, 1)
+    assert len(ferret.ledger) == 1
+    assert "it is dead" in caplog.text
+
+
+def test_an_app_of_another_strategy_passes_through(api, tmp_path):
+    """The mod may stay when the strategy goes."""
+    app, strategy, run = api
+    with_mod = run(strategy(), Nodes(app(), tmp_path / "a"), 1)[0]
+    for array, plain in zip(with_mod, run_fedavg(api, tmp_path / "b", 1), strict=True):
+        np.testing.assert_array_equal(array, plain)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda arrays: arrays[:-1], "lacks array"),
+        (lambda arrays: [*arrays[:-1], arrays[-1][None]], "of shape (1,), it got ()"),
+        (lambda arrays: [arrays[0] * np.nan, *arrays[1:]], "not finite in tensor"),
+    ],
+)
+def test_what_an_app_returns_is_checked(spoil, reason, api, tmp_path):
+    app, strategy, run = api
+
+    def spoilt(arrays, partition):
+        return spoil(arrays) if partition else arrays
+
+    if app.__name__ == "message_app" and reason == "lacks array":
+        pytest.skip("this app returns what it has names for")
+    ferret = Ferret(strategy(fraction_evaluate=0.0), FerretConfig(coefficients=64))
+    run(ferret, Nodes(app(spoilt), tmp_path), 1)
+    (said,) = ferret.refused.values()
+    assert reason in said
+    assert len(ferret.ledger) == 1
+
+
+def test_nodes_tell_what_they_start_from(tmp_path):
+    """A legacy strategy without initial parameters asks a node for them, as Flower does."""
+    from .conftest import legacy_fedavg, numpy_app, run_legacy
+
+    nodes = Nodes(numpy_app(), tmp_path / "a")
+    told = Ferret(legacy_fedavg(start=False), FerretConfig(coefficients=64))
+    given = Ferret(legacy_fedavg(), FerretConfig(coefficients=64))
+    arrays, _ = run_legacy(told, nodes, 2)
+    expected, _ = run_legacy(given, Nodes(numpy_app(), tmp_path / "b"), 2)
+    for array, other in zip(arrays, expected, strict=True):
+        np.testing.assert_array_equal(array, other)
+
+
+def test_evaluation_gets_whole_arrays_on_both_sides(api, tmp_path):
+    app, strategy, run = api
+    seen = []
+    if strategy.__name__ == "legacy_fedavg":
+        inner = strategy(evaluate_fn=lambda round, arrays, config: seen.append(arrays))
+        arrays, history = run(
+            Ferret(inner, FerretConfig(coefficients=64)), Nodes(app(), tmp_path), 2
+        )
+        losses = [loss for _, loss in history.losses_distributed]
+    else:
+        arrays, result = run(
+            Ferret(strategy(), FerretConfig(coefficients=64)),
+            Nodes(app(), tmp_path),
+            2,
+            evaluate_fn=lambda round, arrays: seen.append([a.numpy() for a in arrays.values()]),
+        )
+        losses = [m["loss"] for m in result.evaluate_metrics_clientapp.values()]
+    assert len(seen) == 3 and len(losses) == 2
+    for array, last in zip(arrays, seen[-1], strict=True):
+        np.testing.assert_array_equal(array, last)
+    np.testing.assert_array_equal(seen[0][0], START["embed"])
+    assert losses[-1] == pytest.approx(float(np.square(arrays[0]).mean()), rel=1e-6)
+
+
+def test_own_bases_per_client(api, tmp_path):
+    app, strategy, run = api
+    config = FerretConfig(coefficients=64, bases="per-client")
+    ferret = Ferret(strategy(), config)
+    run(ferret, Nodes(app(), tmp_path), 2)
+    assert not ferret.refused
+    assert ferret.ledger.entries[-1].coefficients.shape == (2, 64 + VECTORS)
+
+
+def test_without_exact_vectors_everything_is_projected(api, tmp_path):
+    _, ferret, _ = run_ferret(api, tmp_path, coefficients=64, exact_vectors=False)
+    assert ferret.ledger.entries[0].plan.exact == 0
+    assert ferret.ledger.header.size == SIZE + VECTORS
