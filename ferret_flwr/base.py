@@ -5,15 +5,21 @@ a list of arrays of any kind. Those of floating point are tuned: matrices and wh
 dimensions are projected, and vectors travel exactly if `exact_vectors` says so. They are few and
 hold what noise would harm most: the running statistics of batch normalisation, scales, biases.
 Integers and booleans, such as counters, stay what they are at the start.
+
+Matrices that are equal at the start are tied weights, which a state dict names twice: they are
+tuned once. Two copies would get two different reconstructions, of which the model keeps one; the
+next update would then hold the difference, and its noise would grow from round to round.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -42,11 +48,14 @@ class Base:
         In the app's order.
     exact_vectors
         Whether arrays of at most one dimension are sent as they are instead of projected.
+    tie_equal
+        Whether matrices that are equal are taken for tied weights.
     """
 
     names: tuple[str, ...]
     arrays: tuple[np.ndarray, ...]
     exact_vectors: bool = True
+    tie_equal: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what could not be tuned."""
@@ -69,8 +78,24 @@ class Base:
     @cached_property
     def order(self) -> tuple[int, ...]:
         """Positions of the tuned arrays in the order of `layout`."""
-        tuned = [i for i, array in enumerate(self.arrays) if not _is_fixed(array)]
-        return tuple(sorted(tuned, key=lambda i: self._is_exact(i)))
+        free = [
+            i for i, array in enumerate(self.arrays) if not _is_fixed(array) and i not in self.twins
+        ]
+        return tuple(sorted(free, key=lambda i: self._is_exact(i)))
+
+    @cached_property
+    def twins(self) -> dict[int, int]:
+        """Position of each array that is tied -> of the one that is tuned in its place."""
+        first: dict[tuple[object, ...], int] = {}
+        twins = {}
+        for i, array in enumerate(self.arrays):
+            if not self.tie_equal or array.ndim < 2 or (array == array.flat[:1]).all():
+                continue  # vectors and constants may well be equal by chance
+            content = hashlib.sha256(np.ascontiguousarray(array).data).digest()
+            same = first.setdefault((array.dtype, array.shape, content), i)
+            if same != i:
+                twins[i] = same
+        return twins
 
     @cached_property
     def layout(self) -> Layout:
@@ -96,6 +121,8 @@ class Base:
         arrays = list(self.arrays)
         for i, master in zip(self.order, masters, strict=True):
             arrays[i] = master.astype(self.arrays[i].dtype)
+        for i, twin in self.twins.items():
+            arrays[i] = arrays[twin]
         return arrays
 
     def tuned(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -104,7 +131,7 @@ class Base:
         Raises
         ------
         BaseError
-            Naming the array that is missing or has another shape.
+            Naming the array that is missing, has another shape, or is not tied any more.
         """
         if len(arrays) != len(self.arrays):
             raise BaseError(f"the app returned {len(arrays)} arrays, it got {len(self.arrays)}")
@@ -113,6 +140,13 @@ class Base:
                 raise BaseError(
                     f"the app returned array '{name}' of shape {array.shape}, it got {base.shape}"
                 )
+        for i, twin in self.twins.items():
+            if not np.array_equal(arrays[i], arrays[twin], equal_nan=True):
+                raise BaseError(
+                    f"arrays '{self.names[twin]}' and '{self.names[i]}' were equal at the start "
+                    "and are not after training: if they are not tied weights, give Ferret "
+                    "tie_equal=False"
+                )
         return [_projectable(arrays[i], self.arrays[i].dtype) for i in self.order]
 
     def fits(self, header: Header) -> bool:
@@ -120,9 +154,22 @@ class Base:
         same = (header.layout, header.size) == (self.layout.fingerprint, self.layout.size)
         return same and header.base == fingerprint(self.masters(), self.layout)
 
+    def about(self) -> dict[str, Any]:
+        """Return what is to be known beside the arrays, as JSON values."""
+        return {
+            "names": self.names,
+            "exact-vectors": self.exact_vectors,
+            "tie-equal": self.tie_equal,
+        }
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> Base:
+        """Return the base that `about` and its arrays describe."""
+        return cls(tuple(about["names"]), tuple(arrays), about["exact-vectors"], about["tie-equal"])
+
     def save(self, path: Path) -> None:
         """Write everything to ``path``, whole or not at all."""
-        text = json.dumps({"names": self.names, "exact-vectors": self.exact_vectors})
+        text = json.dumps(self.about())
         tensors = {str(i): np.asarray(array, order="C") for i, array in enumerate(self.arrays)}
         write_atomic(path, save(tensors, metadata={"base": text}))
 
@@ -138,9 +185,8 @@ class Base:
         try:
             with safe_open(path, framework="numpy") as file:
                 about = json.loads(file.metadata()["base"])
-                names = tuple(about["names"])
-                arrays = tuple(file.get_tensor(str(i)) for i in range(len(names)))
-            return cls(names, arrays, about["exact-vectors"])
+                count = len(about["names"])
+                return cls.of(about, [file.get_tensor(str(i)) for i in range(count)])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise BaseError(f"'{path}' holds no base model: {error}") from error
 

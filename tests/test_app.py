@@ -195,12 +195,9 @@ from ferret_flwr.config import parse
 from ferret_flwr.ledger import Header, Ledger
 run = Run(parse({"evaluate.every": 0, "results-dir": sys.argv[1]}))
 run.components()
-run.strategy.ledger = Ledger(Header("0" * 16, 100_000, "1" * 16))
-from ferret_flwr.rounds import next_plan, publish
-plan = next_plan(run.strategy.ledger, run.config.ferret, 42)
-entry = publish(plan, np.ones(plan.num_coefficients), 1.0)
-run.strategy.ledger = run.strategy.ledger.append(entry)
-run.strategy._save()
+coordinator = run.strategy.coordinator
+coordinator.begin(Ledger(Header("0" * 16, 100_000, "1" * 16)))
+assert coordinator.publish(np.ones(coordinator.next_round().num_coefficients), [])
 """
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],

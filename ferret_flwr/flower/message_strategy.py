@@ -51,6 +51,8 @@ class MessageFerret(Strategy):
         Where the ledger is written after each round.
     exact_vectors
         Send arrays of at most one dimension as they are, see `ferret_flwr.base`.
+    tie_equal
+        Tune matrices that are equal at the start as one.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class MessageFerret(Strategy):
         ledger: Ledger | None = None,
         ledger_path: Path | None = None,
         exact_vectors: bool = True,
+        tie_equal: bool = True,
     ) -> None:
         """Know no arrays yet."""
         self.strategy = strategy
@@ -77,6 +80,7 @@ class MessageFerret(Strategy):
         )
         self.coordinator.begin(ledger)
         self.exact_vectors = exact_vectors
+        self.tie_equal = tie_equal
         self._requests: dict[int, Message] = {}  # node -> what the inner strategy sends it
         self._grid: Grid | None = None
         self._timeout: float | None = None
@@ -167,7 +171,7 @@ class MessageFerret(Strategy):
         """Start from ``arrays`` unless it has begun; return the model at the ledger's end."""
         if self.coordinator.base is None:
             contents = tuple(array.numpy() for array in arrays.values())
-            base = Base(tuple(arrays), contents, self.exact_vectors)
+            base = Base(tuple(arrays), contents, self.exact_vectors, self.tie_equal)
             replica = Replica(base.layout, base.masters())
             self.coordinator.begin(self.ledger, replica, base)
         return self._arrays()

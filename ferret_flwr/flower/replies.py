@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from flwr.common import EvaluateRes
+from flwr.common import EvaluateRes, Parameters, parameters_to_ndarrays
 
 from ferret_flwr.flower import wire
 from ferret_flwr.flower.nodes import UNKNOWN
@@ -46,7 +45,7 @@ class Reply:
     @cached_property
     def arrays(self) -> list[np.ndarray]:
         """Return the arrays; raises what NumPy raises if they are none."""
-        return [np.load(io.BytesIO(tensor), allow_pickle=False) for tensor in self.tensors]
+        return parameters_to_ndarrays(Parameters(list(self.tensors), "numpy.ndarray"))
 
     def order(self) -> tuple[int, str]:
         """Return a sorting key: partitions stay what they are, node ids change."""

@@ -81,8 +81,10 @@ class Ferret(Strategy):
     round_timeout
         Seconds to wait for nodes that are asked again within a round; None for as long as it takes.
     exact_vectors
-        Send arrays of at most one dimension as they are, see `ferret_flwr.base`; only of importance
-        for nodes that run `ferret_mod`.
+        Send arrays of at most one dimension as they are, see `ferret_flwr.base`. This and the next
+        are for nodes that run `ferret_mod`.
+    tie_equal
+        Tune matrices that are equal at the start as one.
     """
 
     def __new__(cls, strategy: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,6 +108,7 @@ class Ferret(Strategy):
         ledger_path: Path | None = None,
         round_timeout: float | None = None,
         exact_vectors: bool = True,
+        tie_equal: bool = True,
     ) -> None:
         """Bring the replica to the end of the ledger, if both are given."""
         self.strategy = strategy
@@ -122,6 +125,7 @@ class Ferret(Strategy):
         self.evaluate_replica = evaluate
         self.round_timeout = round_timeout
         self.exact_vectors = exact_vectors
+        self.tie_equal = tie_equal
         self._configs: dict[str, dict[str, Scalar]] = {}  # what the inner strategy sends each node
 
     def __repr__(self) -> str:
@@ -161,7 +165,7 @@ class Ferret(Strategy):
         if self.replica is None and initial is not None:
             arrays = tuple(parameters_to_ndarrays(initial))
             names = tuple(str(i) for i in range(len(arrays)))
-            base = Base(names, arrays, self.exact_vectors)
+            base = Base(names, arrays, self.exact_vectors, self.tie_equal)
             replica = Replica(base.layout, base.masters())
             self.coordinator.begin(self.ledger, replica, base)
         return self._parameters()

@@ -146,8 +146,7 @@ def _packed_plan(plan: RoundPlan) -> tuple[dict[str, Any], bytes]:
 
 def _packed_base(base: Base) -> tuple[dict[str, Any], list[bytes]]:
     if base not in _bases:
-        about = {"names": base.names, "exact-vectors": base.exact_vectors}
-        _bases[base] = about, ndarrays_to_parameters(list(base.arrays)).tensors
+        _bases[base] = base.about(), ndarrays_to_parameters(list(base.arrays)).tensors
     return _bases[base]
 
 
@@ -185,9 +184,8 @@ def decode(arrays: Sequence[np.ndarray], config: Mapping[str, Any]) -> Request:
             for i, meta in enumerate(values["entries"])
         )
         base = None
-        if (about := values["base"]) is not None:
-            rest = rest[2 * len(entries) :]
-            base = Base(tuple(about["names"]), tuple(rest), about["exact-vectors"])
+        if values["base"] is not None:
+            base = Base.of(values["base"], rest[2 * len(entries) :])
         return Request(
             header,
             values["since"],

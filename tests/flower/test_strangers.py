@@ -600,7 +600,7 @@ EDITS = {
     base: UNCHAINED,
     head: UNCHAINED,
     fingerprint: "the ledger names 0000000000000000",
-    protocol: "the server speaks protocol 3, this node 2",
+    protocol: "the server speaks protocol 4, this node 3",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def start_arrays() -> dict[str, np.ndarray]:
     """Return what a model with every kind of array starts from."""
     rng = np.random.default_rng(5)
     return {
-        "embed": rng.standard_normal((40, 30)).astype(np.float32),
+        "embed": tied(),
         "norm": np.ones(30, dtype=np.float32),
         "count": np.array(7, dtype=np.int64),
         "half": rng.standard_normal((30, 20)).astype(np.float16),
@@ -37,7 +38,13 @@ def start_arrays() -> dict[str, np.ndarray]:
         "head": rng.standard_normal((30, 10)),  # float64
         "mask": np.tril(np.ones((4, 4), dtype=bool)),
         "scalar": np.array(0.5, dtype=np.float32),
+        "tied": tied(),
     }
+
+
+def tied() -> np.ndarray:
+    """Return what two names stand for."""
+    return np.random.default_rng(6).standard_normal((40, 30)).astype(np.float32)
 
 
 def train(arrays: list[np.ndarray], partition: int) -> list[np.ndarray]:
@@ -50,6 +57,7 @@ def train(arrays: list[np.ndarray], partition: int) -> list[np.ndarray]:
             continue
         step = 0.1 * (rng.standard_normal(array.shape) - array)
         trained.append(np.asarray(array + step, dtype=array.dtype))
+    trained[names.index("tied")] = trained[names.index("embed")]
     return trained
 
 
@@ -110,11 +118,15 @@ class Nodes:
     Messages are written and read as on the wire, so nobody shares an array with anybody.
     """
 
-    def __init__(self, app: ClientApp, folder: Path, count: int = 2) -> None:
+    def __init__(
+        self, app: ClientApp, folder: Path, count: int = 2, config: dict[str, object] | None = None
+    ) -> None:
         self.app = app
         self.folder = folder
         self.ids = list(range(1, count + 1))
+        self.config = config or {}
         self.dead: set[int] = set()
+        self.turn = Lock()  # nodes are processes of their own, here they share this one
         self.bytes: list[tuple[str, int, int]] = []  # kind of message, bytes down and up
 
     def get_node_ids(self) -> list[int]:
@@ -123,7 +135,8 @@ class Nodes:
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        return [self._answer(message) for message in messages]
+        with self.turn:
+            return [self._answer(message) for message in messages]
 
     def _answer(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
@@ -139,8 +152,14 @@ class Nodes:
         return reply
 
     def context(self, node: int) -> Context:
-        own = {"partition-id": node - 1, "ferret.cache-dir": str(self.cache(node))}
-        return Context(run_id=1, node_id=node, node_config=own, state=RecordDict(), run_config={})
+        own = {
+            "partition-id": node - 1,
+            "num-partitions": len(self.ids),
+            "ferret.cache-dir": str(self.cache(node)),
+        }
+        return Context(
+            run_id=1, node_id=node, node_config=own, state=RecordDict(), run_config=self.config
+        )
 
     def cache(self, node: int) -> Path:
         return self.folder / f"node-{node}"

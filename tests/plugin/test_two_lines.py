@@ -7,7 +7,7 @@ from ferret_flwr.config import FerretConfig
 from ferret_flwr.flower import Ferret
 from ferret_flwr.ledger import Ledger
 
-from .conftest import Nodes, start_arrays
+from .conftest import Nodes, start_arrays, train
 
 START = start_arrays()
 TUNED = ["embed", "half", "frozen", "head"]
@@ -62,6 +62,7 @@ def test_what_no_node_changes_gets_no_noise(api, tmp_path):
     arrays = dict(zip(START, arrays, strict=True))
     layout = ferret.coordinator.base.layout
     assert layout.names[-2:] == (("1", "7") if "0" in layout.names else ("norm", "scalar"))
+    np.testing.assert_array_equal(arrays["tied"], arrays["embed"])
     np.testing.assert_array_equal(arrays["frozen"], START["frozen"])
     assert ferret.ledger.entries[0].still == (2,)
     assert (arrays["embed"] != START["embed"]).any()
@@ -134,8 +135,8 @@ def test_an_app_of_another_strategy_passes_through(api, tmp_path):
     ("spoil", "reason"),
     [
         (lambda arrays: arrays[:-1], "lacks array"),
-        (lambda arrays: [*arrays[:-1], arrays[-1][None]], "of shape (1,), it got ()"),
-        (lambda arrays: [arrays[0] * np.nan, *arrays[1:]], "not finite in tensor"),
+        (lambda arrays: [*arrays[:-1], arrays[-1][None]], "of shape (1, 40, 30), it got (40, 30)"),
+        (lambda arrays: [*arrays[:3], arrays[3] * np.nan, *arrays[4:]], "not finite in tensor"),
     ],
 )
 def test_what_an_app_returns_is_checked(spoil, reason, api, tmp_path):
@@ -203,3 +204,19 @@ def test_without_exact_vectors_everything_is_projected(api, tmp_path):
     _, ferret, _ = run_ferret(api, tmp_path, coefficients=64, exact_vectors=False)
     assert ferret.ledger.entries[0].plan.exact == 0
     assert ferret.ledger.header.size == SIZE + VECTORS
+
+
+def test_equal_matrices_that_part_are_named(api, tmp_path):
+    app, strategy, run = api
+
+    def part(arrays, partition):
+        return [*train(arrays, partition)[:-1], arrays[-1]]
+
+    ferret = Ferret(strategy(fraction_evaluate=0.0), FerretConfig(coefficients=64))
+    run(ferret, Nodes(app(part), tmp_path / "a"), 1)
+    assert all("were equal at the start and are not" in r for r in ferret.refused.values())
+    assert len(ferret.refused) == 2
+    free = Ferret(strategy(fraction_evaluate=0.0), FerretConfig(coefficients=64), tie_equal=False)
+    arrays, _ = run(free, Nodes(app(part), tmp_path / "b"), 1)
+    assert not free.refused
+    assert (arrays[0] != arrays[-1]).any()
