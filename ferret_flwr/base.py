@@ -89,7 +89,7 @@ class Base:
         first: dict[tuple[object, ...], int] = {}
         twins = {}
         for i, array in enumerate(self.arrays):
-            if not self.tie_equal or array.ndim < 2 or (array == array.flat[:1]).all():
+            if not self.tie_equal or array.ndim < 2 or _is_constant(array):
                 continue  # vectors and constants may well be equal by chance
             content = hashlib.sha256(np.ascontiguousarray(array).data).digest()
             same = first.setdefault((array.dtype, array.shape, content), i)
@@ -196,6 +196,10 @@ class Base:
 
 def _is_fixed(array: np.ndarray) -> bool:
     return array.dtype.kind in FIXED_KINDS or not array.size
+
+
+def _is_constant(array: np.ndarray) -> bool:
+    return not array.size or bool((array == array.flat[0]).all())
 
 
 def _projectable(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
