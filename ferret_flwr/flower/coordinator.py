@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ferret_flwr import report
 from ferret_flwr.config import ConfigError, FerretConfig
 from ferret_flwr.flower import wire
 from ferret_flwr.flower.nodes import name_of, told
@@ -30,6 +31,8 @@ from ferret_flwr.replica import Replica
 from ferret_flwr.rounds import next_plan, publish, server_rate
 
 log = logging.getLogger(__name__)
+
+SECONDS = ("time/local_s", "time/project_s", "time/reconstruct_s")  # the slowest node's
 
 
 class Coordinator:
@@ -60,6 +63,9 @@ class Coordinator:
         Node -> why its reply of this round was not used.
     replica_seconds
         What the replica took to follow this round.
+    rows
+        One for each published round of an app that Ferret is plugged into: what crossed the wire
+        and what it took, by the names that Ferret's own app uses.
     """
 
     def __init__(
@@ -82,6 +88,8 @@ class Coordinator:
         self.replica_seconds = 0.0
         self._reached: dict[str, int] = {}  # node -> rounds in its ledger cache
         self._has_base: set[str] = set()  # nodes that have shown it
+        self.rows: list[dict[str, Any]] = []
+        self._traffic: dict[str, list[int]] = {}  # node -> bytes down, up
 
     def begin(
         self,
@@ -98,6 +106,7 @@ class Coordinator:
         """
         self.ledger, self.replica, self.base = ledger, replica, base
         if base is not None:
+            report.show_progress()
             _tell(base)
         if replica is not None:
             self.ledger = ledger or Ledger(replica.header)
@@ -119,12 +128,19 @@ class Coordinator:
     def next_round(self) -> RoundPlan:
         """Plan the coming round."""
         exact = self.base.layout.exact_size if self.base else 0
+        self._traffic = {}
         self.plan = next_plan(self.known(), self.config, self.seed, exact)
         return self.plan
 
     def start_replies(self) -> None:
         """Forget what was noted of the round before."""
         self.refused, self.replica_seconds = {}, 0.0
+
+    def weigh(self, node: str, *, down: int = 0, up: int = 0) -> None:
+        """Count bytes that cross the wire in this round."""
+        traffic = self._traffic.setdefault(node, [0, 0])
+        traffic[0] += down
+        traffic[1] += up
 
     def request(self, node: str, plan: RoundPlan | None, base: bool = False) -> wire.Request:
         """Return what ``node`` needs to reach the current model and, to train, to answer.
@@ -236,6 +252,9 @@ class Coordinator:
             self.ledger = self.ledger.with_fingerprint(self.replica.fingerprint)
             self.replica_seconds = time.perf_counter() - start
         self._save()
+        if self.base is not None:
+            self.rows.append(self._row(accepted))
+            log.info(report.line(self.rows[-1], self.base.nbytes))
         return True
 
     def _planned(self) -> RoundPlan:
@@ -244,6 +263,20 @@ class Coordinator:
 
     def _rate(self) -> float:
         return server_rate(self.config, self._planned(), self.known(), self.num_rounds)
+
+    def _row(self, accepted: list[Reply]) -> dict[str, Any]:
+        down, up = zip(*self._traffic.values(), strict=True)
+        row: dict[str, Any] = {
+            "round": self._planned().round,
+            "nodes": len(accepted),
+            "comm/downlink_bytes_per_node": max(down),
+            "comm/uplink_bytes_per_node": max(up),
+            "failures": [f"{name}: {why}" for name, why in self.refused.items()],
+        }
+        for key in SECONDS:
+            told_seconds = [reply.about.get(key) for reply in accepted]
+            row[key] = max((s for s in told_seconds if isinstance(s, int | float)), default=0.0)
+        return row
 
     def _not_huge(self, replies: list[Reply]) -> list[Reply]:
         """Return the replies that are not far longer than the others and the round before."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common import Parameters
+from flwr.common.serde import recorddict_to_proto
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
@@ -194,6 +195,7 @@ class MessageFerret(Strategy):
             }
         )
         content[ABOUT] = ConfigRecord(dict(entry))
+        self.coordinator.weigh(str(node), down=recorddict_to_proto(content).ByteSize())
         return Message(
             content,
             dst_node_id=node,
@@ -215,6 +217,7 @@ class MessageFerret(Strategy):
 
     def _reply_of(self, node: str, message: Message) -> Reply:
         """Return a reply as the coordinator sees it, and make it what the inner one shall see."""
+        self.coordinator.weigh(node, up=recorddict_to_proto(message.content).ByteSize())
         about, _ = wire.about(message.content.config_records.get(ABOUT, {}))
         key = getattr(self.strategy, "weighted_by_key", "num-examples")
         weights = [record.get(key, 1) for record in message.content.metric_records.values()]

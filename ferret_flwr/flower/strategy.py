@@ -197,7 +197,7 @@ class Ferret(Strategy):
             log.warning("%s", failure_text(failure))
         for node in self._configs.keys() - {client.cid for client, _ in results}:
             log.warning("node %s did not take part in round %d", node, len(coordinator.known()) + 1)
-        replies = [_reply_of(client, answer) for client, answer in results]
+        replies = [self._reply_of(client, answer) for client, answer in results]
         accepted = coordinator.accept(self._ask_again(replies, server_round))
         if not accepted:
             return None, {}
@@ -266,7 +266,10 @@ class Ferret(Strategy):
     def _train_request(self, client: ClientProxy, base: bool = False) -> FitIns:
         request = self.coordinator.request(client.cid, self.coordinator.plan, base)
         arrays, entry = wire.encode(request)
-        return FitIns(arrays, self._configs.get(client.cid, {}) | entry)
+        scalars = self._configs.get(client.cid, {}) | entry
+        if self.coordinator.base is not None:  # else Ferret's own app counts
+            self.coordinator.weigh(client.cid, down=wire.message_nbytes(arrays, scalars))
+        return FitIns(arrays, scalars)
 
     def _ask_again(self, replies: list[Reply], server_round: int) -> list[Reply]:
         """Send nodes what they lack, the base or the whole ledger, and use their new replies."""
@@ -291,15 +294,17 @@ class Ferret(Strategy):
         for cid in names.keys() - {client.cid for client, _ in again}:
             self.coordinator.silent(names[cid])
         others = [reply for reply in replies if reply not in stale]
-        return others + [_reply_of(client, answer) for client, answer in again]
+        return others + [self._reply_of(client, answer) for client, answer in again]
 
-
-def _reply_of(client: ClientProxy, answer: FitRes) -> Reply:
-    """Return an answer as the coordinator sees it, and as the inner strategy shall see it."""
-    about, metrics = wire.about(answer.metrics)
-    cleaned = FitRes(answer.status, answer.parameters, answer.num_examples, metrics)
-    tensors = answer.parameters.tensors
-    return Reply(client.cid, about, answer.num_examples, tensors, (client, cleaned))
+    def _reply_of(self, client: ClientProxy, answer: FitRes) -> Reply:
+        """Return an answer as the coordinator sees it, and as the inner strategy shall see it."""
+        if self.coordinator.base is not None:
+            up = wire.message_nbytes(answer.parameters, answer.metrics)
+            self.coordinator.weigh(client.cid, up=up)
+        about, metrics = wire.about(answer.metrics)
+        cleaned = FitRes(answer.status, answer.parameters, answer.num_examples, metrics)
+        tensors = answer.parameters.tensors
+        return Reply(client.cid, about, answer.num_examples, tensors, (client, cleaned))
 
 
 def _ask_for_header(client_manager: ClientManager, least: int) -> Header | None:

@@ -57,6 +57,15 @@ def test_a_round_is_kilobytes_and_vectors_are_exact(api, tmp_path):
     assert 4 * (64 + VECTORS) < max(trained) < 4 * (64 + VECTORS) + 1000
 
 
+def test_bytes_are_counted_as_they_cross(api, tmp_path):
+    _, ferret, nodes = run_ferret(api, tmp_path, rounds=2, coefficients=64)
+    first, second = ferret.coordinator.rows
+    down, up = zip(*[sizes for kind, *sizes in nodes.bytes if kind == "train"], strict=True)
+    assert first["comm/downlink_bytes_per_node"] == pytest.approx(down[0] + down[2], rel=0.01)
+    assert second["comm/downlink_bytes_per_node"] == pytest.approx(max(down[4:]), abs=100)
+    assert second["comm/uplink_bytes_per_node"] == pytest.approx(max(up[4:]), abs=200)
+
+
 def test_what_no_node_changes_gets_no_noise(api, tmp_path):
     arrays, ferret, _ = run_ferret(api, tmp_path, coefficients=64)
     arrays = dict(zip(START, arrays, strict=True))
