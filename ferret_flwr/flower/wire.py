@@ -127,7 +127,7 @@ def _packed_plan(plan: RoundPlan) -> tuple[dict[str, Any], bytes]:
 
 
 def decode(arrays: Sequence[np.ndarray], config: Mapping[str, Any]) -> Request:
-    """Return the request behind the arguments of `NumPyClient.fit` or ``evaluate``.
+    """Return the request behind the arguments of ``NumPyClient.fit`` or ``evaluate``.
 
     Raises
     ------

@@ -48,7 +48,7 @@ class Method(ABC):
     Attributes
     ----------
     adapter
-        Which parameters it tunes: "" for the model's own, or a kind of `adapters.ADAPTERS`.
+        Which parameters it tunes: "" for the model's own, or a kind of ``adapters.ADAPTERS``.
     optimizer
         What nodes train by, whatever `train.optimizer` says; "" for that.
     group
@@ -125,7 +125,7 @@ class Method(ABC):
 
 
 def check_finite(arrays: Sequence[np.ndarray], owner: str) -> None:
-    """Raise `FloatingPointError` unless all ``arrays`` are finite."""
+    """Raise ``FloatingPointError`` unless all ``arrays`` are finite."""
     if not all(np.isfinite(array).all() for array in arrays):
         raise FloatingPointError(f"{owner} is not finite")
 

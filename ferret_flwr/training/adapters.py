@@ -74,14 +74,14 @@ def adapted(lm: LanguageModel, kind: str, config: AdapterConfig) -> LanguageMode
     lm
         Of any dtype; its model becomes part of the returned one.
     kind
-        One of `ADAPTERS`.
+        One of ``ADAPTERS``.
     config
         How large the adapter is, and where.
 
     Returns
     -------
     LanguageModel
-        A `peft.PeftModel`. Its trainable parameters are the adapter's, in float32, with the same
+        A ``peft.PeftModel``. Its trainable parameters are the adapter's, in float32, with the same
         bits in every process.
 
     Raises
