@@ -25,6 +25,7 @@ OTHER_METHODS = (  # what Ferret is compared with, see `methods.registry`
     "fedptuning",
     "fetchsgd",
 )
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # see `tracking`
 
 
 class ConfigError(ValueError):
@@ -33,6 +34,10 @@ class ConfigError(ValueError):
 
 def _one_of(default: str, *others: str) -> Any:
     return field(default=default, metadata={"choices": (default, *others)})
+
+
+def _some_of(*choices: str) -> Any:
+    return field(default="", metadata={"words": choices})
 
 
 def _within(default: int | float, low: float, high: float = float("inf")) -> Any:
@@ -192,6 +197,7 @@ class Config:
     method: str = _one_of("ferret", *OTHER_METHODS)  # how the model is tuned
     seed: int = _within(42, 0, 2**63 - 1)  # all that is random follows from it
     results_dir: str = "results"  # gets a folder for each run
+    tracking: str = _some_of(*TRACKERS)  # who shows the curves, beside results.json; "" = nobody
     model: ModelConfig = ModelConfig()
     dataset: DatasetConfig = DatasetConfig()
     train: TrainConfig = TrainConfig()
@@ -277,6 +283,9 @@ def _checked(key: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> A
         raise ConfigError(f"'{key}' must be of type {kind.__name__}, got {value!r}")
     if "choices" in metadata and value not in metadata["choices"]:
         raise ConfigError(f"'{key}' must be one of {', '.join(metadata['choices'])}, got {value!r}")
+    if "words" in metadata and not set(value.split()) <= set(metadata["words"]):
+        words = ", ".join(metadata["words"])
+        raise ConfigError(f"'{key}' must be words of {words}, by spaces, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"'{key}' must be finite, got {value!r}")
     low, high = metadata.get("range", (None, None))

@@ -59,6 +59,8 @@ def _toml(value: Any) -> str:
 def _allowed(f: Field[Any]) -> str:
     if "choices" in f.metadata:
         return "One of " + ", ".join(f"`{choice}`" for choice in f.metadata["choices"]) + "."
+    if "words" in f.metadata:
+        return "Any of " + ", ".join(f"`{word}`" for word in f.metadata["words"]) + ", by spaces."
     low, high = f.metadata.get("range", (None, float("inf")))
     if low is None:
         return ""
