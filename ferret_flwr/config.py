@@ -283,7 +283,7 @@ def _checked(key: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> A
         raise ConfigError(f"'{key}' must be of type {kind.__name__}, got {value!r}")
     if "choices" in metadata and value not in metadata["choices"]:
         raise ConfigError(f"'{key}' must be one of {', '.join(metadata['choices'])}, got {value!r}")
-    if "words" in metadata and not set(value.split()) <= set(metadata["words"]):
+    if "words" in metadata and not set(str(value).split()) <= set(metadata["words"]):
         words = ", ".join(metadata["words"])
         raise ConfigError(f"'{key}' must be words of {words}, by spaces, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
