@@ -1,7 +1,7 @@
 """A run's curves in the tools that people watch them with, beside ``results.json``.
 
-Each tool is an extra of the same name and is imported only where the key `tracking` names it. What
-they write stays in the run's folder and nothing goes over a network, unless the tool's own
+Each tool is an extra of the same name and is imported only where the key ``tracking`` names it.
+What they write stays in the run's folder and nothing goes over a network, unless the tool's own
 environment variables say so.
 """
 
