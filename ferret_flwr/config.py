@@ -46,7 +46,7 @@ def _within(default: int | float, low: float, high: float = float("inf")) -> Any
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which causal language model is tuned (``model.*``)."""
+    """Which causal language model is tuned (`model.*`)."""
 
     name: str = "builtin:tiny"  # built-in, local folder, or Hub id
     revision: str = ""  # commit or tag of a Hub id; "" = the default branch
@@ -59,7 +59,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Which examples are read, and how they are divided among the clients (``dataset.*``)."""
+    """Which examples are read, and how they are divided among the clients (`dataset.*`)."""
 
     name: str = "builtin:tasks"  # built-in, local JSON/JSONL file or folder, or Hub id
     subset: str = ""  # configuration of a Hub id, as "main" of openai/gsm8k
@@ -78,7 +78,7 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What one client does in one round (``train.*``)."""
+    """What one client does in one round (`train.*`)."""
 
     optimizer: str = "SGD"  # any name in torch.optim
     optimizer_args: str = ""  # "momentum=0.9 weight_decay=0.01"
@@ -94,7 +94,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Held-out evaluation (``evaluate.*``)."""
+    """Held-out evaluation (`evaluate.*`)."""
 
     every: int = _within(1, 0)  # rounds between evaluations on the server; 0 = off
     batch_size: int = _within(64, 1)  # sequences per forward pass
@@ -105,7 +105,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    """Which nodes take part in a round (``strategy.*``)."""
+    """Which nodes take part in a round (`strategy.*`)."""
 
     fraction_train: float = _within(1.0, 0.0, 1.0)  # share of the nodes
     fraction_evaluate: float = _within(0.0, 0.0, 1.0)  # share of the nodes, on data of their own
@@ -119,7 +119,7 @@ CONTIGUOUS_ONLY = ("allocation", "max_per_block", "energy_decay", "energy_floor"
 
 @dataclass(frozen=True)
 class FerretConfig:
-    """The projection and the server's step (``ferret.*``)."""
+    """The projection and the server's step (`ferret.*`)."""
 
     coefficients: int = _within(8192, 1)  # K, numbers a client sends per round
     blocks: int = _within(0, 0)  # L contiguous blocks, at most K; 0 = K interleaved ones
@@ -161,7 +161,7 @@ class FerretConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What the methods that tune an adapter put on the model (``adapter.*``)."""
+    """What the methods that tune an adapter put on the model (`adapter.*`)."""
 
     rank: int = _within(8, 1)  # of LoRA
     alpha: float = _within(16.0, 0.0)  # LoRA's scale is alpha / rank
@@ -172,7 +172,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class ZerothOrderConfig:
-    """How the zeroth-order methods probe the loss (``zeroth-order.*``)."""
+    """How the zeroth-order methods probe the loss (`zeroth-order.*`)."""
 
     epsilon: float = _within(5e-4, 1e-12)  # step of the finite difference
     directions: int = _within(1, 1)  # per local step of FedZO
@@ -181,7 +181,7 @@ class ZerothOrderConfig:
 
 @dataclass(frozen=True)
 class SketchConfig:
-    """FetchSGD's count sketch (``sketch.*``)."""
+    """FetchSGD's count sketch (`sketch.*`)."""
 
     rows: int = _within(5, 1)
     columns: int = _within(16384, 1)

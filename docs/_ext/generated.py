@@ -35,7 +35,7 @@ def settings() -> str:
     for f in fields(Config):
         if is_dataclass(cls := hints[f.name]):
             prefix = f.name.replace("_", "-") + "."
-            parts += [f"## {prefix}*", cls.__doc__, *_keys(cls, prefix)]
+            parts += [f"({prefix}*)=\n## {prefix}*", cls.__doc__, *_keys(cls, prefix)]
     return "\n\n".join(parts)
 
 

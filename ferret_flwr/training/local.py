@@ -68,7 +68,7 @@ def train_locally(
     tokenizer
         The tokenizer of ``model``.
     config
-        ``steps``, ``batch_size`` and the rest of ``train.*``.
+        ``steps``, ``batch_size`` and the rest of `train.*`.
     too_long
         `dataset.too-long`, see `tokenize`.
     seed, partition_id
