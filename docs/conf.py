@@ -46,7 +46,4 @@ numpydoc_show_class_members = False  # they stand below
 numpydoc_class_members_toctree = False
 python_maximum_signature_line_length = 88
 
-nitpick_ignore_regex = [
-    (r"py:.*", r"(?!ferret_flwr)\w+\..*"),  # other projects, whose inventories are on the network
-    (r"py:class", r"ferret_flwr\..*\.T"),  # type variables
-]
+nitpick_ignore_regex = [(r"py:class", r"ferret_flwr\..*\.T")]  # type variables

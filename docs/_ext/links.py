@@ -1,12 +1,16 @@
-"""Links between files of the repository lead to the pages that hold them."""
+"""Links between files of the repository lead to the pages that hold them; other names stay text."""
 
 from __future__ import annotations
 
+import builtins
 import posixpath
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
+from docutils.nodes import Element, TextElement
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")  # [text](path#heading), ![text](path)
 PAGES = {"README.md": "docs/index.md", "docker/README.md": "docs/docker.md"}
@@ -32,8 +36,19 @@ def _on_include(app: Sphinx, path: Path, page: str, source: list[str]) -> None:
     source[0] = _relinked(source[0], folder, "docs")  # all pages that include a file are there
 
 
+def _elsewhere(
+    app: Sphinx, env: BuildEnvironment, reference: Element, text: TextElement
+) -> TextElement | None:
+    """Return ``text`` for what is Python's or another project's: their sites are on the network."""
+    name = reference["reftarget"]
+    package, *rest = name.split(".")
+    ours = package == "ferret_flwr"
+    return text if hasattr(builtins, name) or (rest and not ours and find_spec(package)) else None
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Listen to what is read."""
     app.connect("source-read", _on_page)
     app.connect("include-read", _on_include)
+    app.connect("missing-reference", _elsewhere)
     return {"parallel_read_safe": True}

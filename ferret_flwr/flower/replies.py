@@ -25,7 +25,7 @@ def cached_rounds(metrics: Metrics, most: int) -> int:
 
 
 def check_reply(reply: FitRes, plan: RoundPlan, bases: str, rate: float) -> None:
-    """Raise ``ValueError`` saying why ``reply`` cannot be used."""
+    """Raise `ValueError` saying why ``reply`` cannot be used."""
     if error := reply.metrics.get("error"):
         raise ValueError(str(error))
     kinds = {"round": int, "seed": int, "partition-id": int, "fingerprint": str}
@@ -69,7 +69,7 @@ def last_norm(ledger: Ledger) -> float:
 
 
 def check_evaluation(reply: EvaluateRes) -> None:
-    """Raise ``ValueError`` saying why ``reply`` cannot be used."""
+    """Raise `ValueError` saying why ``reply`` cannot be used."""
     if error := reply.metrics.get("error"):
         raise ValueError(str(error))
     check_examples(reply.num_examples)

@@ -94,7 +94,7 @@ class FedKSeed(Method):
         return np.searchsorted(upto, t.astype(np.float64) * upto[-1], "right").astype(np.int32)
 
     def check(self, reply: Reply) -> None:
-        """Raise ``ValueError`` unless ``reply`` holds one k and one finite ĝ per step."""
+        """Raise `ValueError` unless ``reply`` holds one k and one finite ĝ per step."""
         shape, pool = (self.config.train.steps,), self.coefficients.size
         kinds = [(array.shape, array.dtype.name) for array in reply.arrays]
         if kinds != [(shape, "int32"), (shape, "float32")]:

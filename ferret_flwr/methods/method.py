@@ -125,7 +125,7 @@ class Method(ABC):
 
 
 def check_finite(arrays: Sequence[np.ndarray], owner: str) -> None:
-    """Raise ``FloatingPointError`` unless all ``arrays`` are finite."""
+    """Raise `FloatingPointError` unless all ``arrays`` are finite."""
     if not all(np.isfinite(array).all() for array in arrays):
         raise FloatingPointError(f"{owner} is not finite")
 

@@ -81,7 +81,7 @@ def adapted(lm: LanguageModel, kind: str, config: AdapterConfig) -> LanguageMode
     Returns
     -------
     LanguageModel
-        A ``peft.PeftModel``. Its trainable parameters are the adapter's, in float32, with the same
+        A `peft.PeftModel`. Its trainable parameters are the adapter's, in float32, with the same
         bits in every process.
 
     Raises
