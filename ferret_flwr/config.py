@@ -285,7 +285,7 @@ def _checked(key: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> A
         raise ConfigError(f"'{key}' must be one of {', '.join(metadata['choices'])}, got {value!r}")
     if "words" in metadata and not set(str(value).split()) <= set(metadata["words"]):
         words = ", ".join(metadata["words"])
-        raise ConfigError(f"'{key}' must be words of {words}, by spaces, got {value!r}")
+        raise ConfigError(f"'{key}' must be any of {words} with spaces between, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"'{key}' must be finite, got {value!r}")
     low, high = metadata.get("range", (None, None))

@@ -136,7 +136,9 @@ def test_words():
     assert parse({"tracking": " mlflow  tensorboard"}).tracking.split() == ["mlflow", "tensorboard"]
     (line,) = _errors({"tracking": "wandb tensorbord"})
     allowed = "tensorboard, wandb, mlflow"
-    assert line == f"'tracking' must be words of {allowed}, by spaces, got 'wandb tensorbord'"
+    assert (
+        line == f"'tracking' must be any of {allowed} with spaces between, got 'wandb tensorbord'"
+    )
 
 
 @pytest.mark.parametrize("name", CONTIGUOUS_ONLY)

@@ -60,7 +60,11 @@ def _allowed(f: Field[Any]) -> str:
     if "choices" in f.metadata:
         return "One of " + ", ".join(f"`{choice}`" for choice in f.metadata["choices"]) + "."
     if "words" in f.metadata:
-        return "Any of " + ", ".join(f"`{word}`" for word in f.metadata["words"]) + ", by spaces."
+        return (
+            "Any of "
+            + ", ".join(f"`{word}`" for word in f.metadata["words"])
+            + ", with spaces between."
+        )
     low, high = f.metadata.get("range", (None, float("inf")))
     if low is None:
         return ""
