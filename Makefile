@@ -12,14 +12,14 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export FLWR_HOME := $(CURDIR)/.flwr
 export FLWR_LOCAL_SUPERLINK_HTTP_API_PORT ?= 39271
 
-.PHONY: help demo compare test test-deployment check stop clean clean-kernels
+.PHONY: help demo compare test test-deployment check docs stop clean clean-kernels
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt -e '.[train,dev]'
+	$(BIN)/pip install -c constraints.txt -e '.[train,dev,docs]'
 	touch $@
 
 demo: $(INSTALLED)  ## set up, then tune the built-in model on the built-in data
@@ -45,6 +45,11 @@ check: $(INSTALLED)  ## set up, then format, lint and type checks
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED)  ## set up, then build the documentation site in docs/_build, without network
+	rm -rf docs/_build docs/reference/api
+	$(BIN)/sphinx-build --nitpicky --fail-on-warning --keep-going --quiet docs docs/_build
+	@echo "docs/_build/index.html"
+
 stop:  ## end the SuperLink that this checkout leaves running
 	-pkill -f '[f]lower-superlink.*$(FLWR_HOME)/'  # the brackets keep this line from matching
 
@@ -52,4 +57,4 @@ clean-kernels:  ## forget the compiled kernels
 	find . -name '*.nb[ic]' -not -path './.venv/*' -delete
 
 clean: stop  ## remove the environment, the SuperLink's files and the results
-	rm -rf $(VENV) .flwr results
+	rm -rf $(VENV) .flwr results docs/_build docs/reference/api

@@ -25,6 +25,7 @@ OTHER_METHODS = (  # what Ferret is compared with, see `methods.registry`
     "fedptuning",
     "fetchsgd",
 )
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # see `tracking`
 
 
 class ConfigError(ValueError):
@@ -33,6 +34,10 @@ class ConfigError(ValueError):
 
 def _one_of(default: str, *others: str) -> Any:
     return field(default=default, metadata={"choices": (default, *others)})
+
+
+def _some_of(*choices: str) -> Any:
+    return field(default="", metadata={"words": choices})
 
 
 def _within(default: int | float, low: float, high: float = float("inf")) -> Any:
@@ -45,11 +50,11 @@ class ModelConfig:
 
     name: str = "builtin:tiny"  # built-in, local folder, or Hub id
     revision: str = ""  # commit or tag of a Hub id; "" = the default branch
-    gguf_file: str = ""  # a GGUF file inside `name`, dequantised on load
-    dtype: str = _one_of("float32", "bfloat16", "float16")
+    gguf_file: str = ""  # a GGUF file inside `model.name`, dequantised on load
+    dtype: str = _one_of("float32", "bfloat16", "float16")  # of the parameters in training
     device: str = "auto"  # as torch names it; "auto" = the first GPU if there is one
-    gradient_checkpointing: bool = False
-    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False  # less memory, more time
+    trust_remote_code: bool = False  # run code that comes with the model
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,14 @@ class DatasetConfig:
 
     name: str = "builtin:tasks"  # built-in, local JSON/JSONL file or folder, or Hub id
     subset: str = ""  # configuration of a Hub id, as "main" of openai/gsm8k
-    revision: str = ""
-    split: str = "train"
-    test_name: str = ""  # held-out data; "" = hold out a share of `name`
-    test_split: str = "test"
-    holdout: float = _within(0.1, 0.0, 0.9)  # share held out when `test_name` is ""
+    revision: str = ""  # commit or tag of a Hub id; "" = the default branch
+    split: str = "train"  # of a Hub id
+    test_name: str = ""  # held-out data; "" = hold out a share of `dataset.name`
+    test_split: str = "test"  # of a Hub id
+    holdout: float = _within(0.1, 0.0, 0.9)  # share held out when `dataset.test-name` is ""
     format: str = _one_of("auto", "alpaca", "dolly", "gsm8k", "natural-instructions", "messages")
     max_examples: int = _within(0, 0)  # 0 = all
-    partitioner: str = _one_of("iid", "dirichlet", "natural")
+    partitioner: str = _one_of("iid", "dirichlet", "natural")  # how examples are divided
     partition_by: str = "category"  # column for dirichlet and natural
     alpha: float = _within(0.5, 1e-6)  # Dirichlet concentration
     too_long: str = _one_of("error", "drop", "truncate")  # response beyond train.seq-length
@@ -77,9 +82,9 @@ class TrainConfig:
 
     optimizer: str = "SGD"  # any name in torch.optim
     optimizer_args: str = ""  # "momentum=0.9 weight_decay=0.01"
-    learning_rate: float = _within(1.0, 0.0)
+    learning_rate: float = _within(1.0, 0.0)  # at its highest
     schedule: str = _one_of("constant", "linear", "cosine")  # over all rounds of the run
-    warmup_steps: int = _within(0, 0)
+    warmup_steps: int = _within(0, 0)  # over which the rate rises, once a run
     steps: int = _within(20, 1)  # optimizer steps per round
     batch_size: int = _within(16, 1)  # sequences per forward pass
     gradient_accumulation: int = _within(1, 1)  # forward passes per optimizer step
@@ -92,20 +97,20 @@ class EvaluateConfig:
     """Held-out evaluation (`evaluate.*`)."""
 
     every: int = _within(1, 0)  # rounds between evaluations on the server; 0 = off
-    batch_size: int = _within(64, 1)
+    batch_size: int = _within(64, 1)  # sequences per forward pass
     max_examples: int = _within(256, 1)  # examples for the loss
     generate_examples: int = _within(64, 0)  # examples for Rouge-L; 0 = off
-    max_new_tokens: int = _within(32, 1)
+    max_new_tokens: int = _within(32, 1)  # of an answer
 
 
 @dataclass(frozen=True)
 class StrategyConfig:
     """Which nodes take part in a round (`strategy.*`)."""
 
-    fraction_train: float = _within(1.0, 0.0, 1.0)
-    fraction_evaluate: float = _within(0.0, 0.0, 1.0)
-    min_train_nodes: int = _within(1, 1)
-    min_available_nodes: int = _within(2, 1)
+    fraction_train: float = _within(1.0, 0.0, 1.0)  # share of the nodes
+    fraction_evaluate: float = _within(0.0, 0.0, 1.0)  # share of the nodes, on data of their own
+    min_train_nodes: int = _within(1, 1)  # at least so many train
+    min_available_nodes: int = _within(2, 1)  # a round waits for them
     round_timeout: float = _within(0.0, 0.0)  # seconds until a round goes on without a node; 0 = no
 
 
@@ -118,17 +123,17 @@ class FerretConfig:
 
     coefficients: int = _within(8192, 1)  # K, numbers a client sends per round
     blocks: int = _within(0, 0)  # L contiguous blocks, at most K; 0 = K interleaved ones
-    family: str = _one_of("rademacher", "truncated-normal")
-    bases: str = _one_of("shared", "per-client")
+    family: str = _one_of("rademacher", "truncated-normal")  # of the bases' elements
+    bases: str = _one_of("shared", "per-client")  # whose they are
     # Of contiguous blocks only:
-    allocation: str = _one_of("energy", "variance", "norm", "uniform")
+    allocation: str = _one_of("energy", "variance", "norm", "uniform")  # each block's share of K
     max_per_block: int = _within(512, 1)  # cap on K_l
     energy_decay: float = _within(0.5, 0.0, 1.0)  # weight of the past in the moving average
     energy_floor: float = _within(1e-3, 0.0, 1.0)  # share of the mean energy
     warmup_rate: float = _within(0.3, 0.0)  # factor on the rate before energies are known
     # Of any blocks:
     server_rate: float = _within(1.0, 0.0)  # 1.0 = apply the average update
-    rate_schedule: str = _one_of("constant", "linear", "cosine")
+    rate_schedule: str = _one_of("constant", "linear", "cosine")  # over all rounds of the run
     max_norm_ratio: float = _within(1000.0, 0.0)  # longer replies are refused; 0 = none
     resume: str = ""  # a ledger file to continue from
     cache_dir: str = ""  # where a node keeps ledgers and snapshots; "" = the user's cache folder
@@ -188,10 +193,11 @@ class SketchConfig:
 class Config:
     """Everything one run needs to know."""
 
-    num_server_rounds: int = _within(10, 1)
-    method: str = _one_of("ferret", *OTHER_METHODS)
-    seed: int = _within(42, 0, 2**63 - 1)
-    results_dir: str = "results"
+    num_server_rounds: int = _within(10, 1)  # counted from the first round of the ledger
+    method: str = _one_of("ferret", *OTHER_METHODS)  # how the model is tuned
+    seed: int = _within(42, 0, 2**63 - 1)  # all that is random follows from it
+    results_dir: str = "results"  # gets a folder for each run
+    tracking: str = _some_of(*TRACKERS)  # who shows the curves, beside results.json; "" = nobody
     model: ModelConfig = ModelConfig()
     dataset: DatasetConfig = DatasetConfig()
     train: TrainConfig = TrainConfig()
@@ -277,6 +283,9 @@ def _checked(key: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> A
         raise ConfigError(f"'{key}' must be of type {kind.__name__}, got {value!r}")
     if "choices" in metadata and value not in metadata["choices"]:
         raise ConfigError(f"'{key}' must be one of {', '.join(metadata['choices'])}, got {value!r}")
+    if "words" in metadata and not set(str(value).split()) <= set(metadata["words"]):
+        words = ", ".join(metadata["words"])
+        raise ConfigError(f"'{key}' must be any of {words} with spaces between, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"'{key}' must be finite, got {value!r}")
     low, high = metadata.get("range", (None, None))

@@ -63,7 +63,7 @@ def blocks_for(size: int, config: FerretConfig) -> AnyBlocks:
 
 
 def bases_per_block(energies: np.ndarray, blocks: Blocks, config: FerretConfig) -> np.ndarray:
-    """Return K_l for blocks with ``energies``, see `allocate`; only `energy` is capped."""
+    """Return K_l for blocks with ``energies``, see `allocate`; only ``energy`` is capped."""
     cap = config.max_per_block if config.allocation == "energy" else None
     return allocate(config.allocation, energies, blocks, config.coefficients, cap)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ferret_flwr.cli import main
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 APP = ("ferret_flwr", "server_app.py", "client_app.py", "pyproject.toml", "README.md", "LICENSE")
 SETTINGS = {
     "num-server-rounds": 2,
+    "tracking": "tensorboard",
     "train.steps": 3,
     "train.batch-size": 4,
     "evaluate.max-examples": 16,
@@ -129,6 +131,19 @@ def test_leaves_everything_behind(run: tuple[str, Path]) -> None:
     assert last["comm/uplink_bytes"] == pytest.approx(2 * last["comm/uplink_bytes_per_node"], 0.1)
     for key in ("train/loss", "eval/loss", "eval/rougeL", "ferret/fidelity", "time/local_s"):
         assert np.isfinite(last[key])
+
+
+def test_tensorboard_reads_what_the_results_say(run: tuple[str, Path]) -> None:
+    _, folder = run
+    read = EventAccumulator(str(folder / "tensorboard")).Reload()
+    shown = {(tag, e.step): e.value for tag in read.Tags()["scalars"] for e in read.Scalars(tag)}
+    said = {
+        (name, row["round"]): np.float32(len(value) if name == "failures" else value)
+        for row in json.loads((folder / "results.json").read_text())["rounds"]
+        for name, value in row.items()
+        if name != "round"
+    }
+    assert shown == said
 
 
 def test_equals_a_plain_loop(run: tuple[str, Path]) -> None:

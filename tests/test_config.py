@@ -36,7 +36,7 @@ def _other(key, value):
         return value + 1
     if isinstance(value, float):
         return value / 2 + 0.125
-    return OTHER_CHOICE.get(key, f"another {key}")
+    return (OTHER_CHOICE | {"tracking": "wandb mlflow"}).get(key, f"another {key}")
 
 
 def _at(config, key):
@@ -130,6 +130,15 @@ def test_choices(key):
     for value in allowed:
         assert _at(parse({"ferret.blocks": 64, key: value}), key) == value
     _errors({key: allowed[0].upper()})
+
+
+def test_words():
+    assert parse({"tracking": " mlflow  tensorboard"}).tracking.split() == ["mlflow", "tensorboard"]
+    (line,) = _errors({"tracking": "wandb tensorbord"})
+    allowed = "tensorboard, wandb, mlflow"
+    assert (
+        line == f"'tracking' must be any of {allowed} with spaces between, got 'wandb tensorbord'"
+    )
 
 
 @pytest.mark.parametrize("name", CONTIGUOUS_ONLY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -278,24 +278,34 @@ def _node_peaks(results: list[tuple[ClientProxy, FitRes]]) -> Row:
 class RecordingServer(Server):
     """Flower's server, which calls ``on_end`` when the last round is over.
 
+    It runs in ``context``, which so learns whether it failed.
+
     Parameters
     ----------
     client_manager, strategy
         As Flower's.
     on_end
         Called once.
+    context
+        Left when all is done, or with what went wrong.
     """
 
     def __init__(
-        self, client_manager: ClientManager, strategy: Strategy, on_end: Callable[[], None]
+        self,
+        client_manager: ClientManager,
+        strategy: Strategy,
+        on_end: Callable[[], None],
+        context: AbstractContextManager[Any],
     ) -> None:
         """Ask all nodes of a round at once, where Flower would ask a handful."""
         super().__init__(client_manager=client_manager, strategy=strategy)
         self.set_max_workers(MOST_AT_ONCE)
         self.on_end = on_end
+        self.context = context
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
         """Run the rounds."""
-        result = super().fit(num_rounds, timeout)
-        self.on_end()
+        with self.context:
+            result = super().fit(num_rounds, timeout)
+            self.on_end()
         return result

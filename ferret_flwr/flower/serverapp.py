@@ -13,13 +13,14 @@ from flwr.server import ServerAppComponents, ServerConfig
 from flwr.server.strategy import FedAvg
 
 from ferret_flwr import report
-from ferret_flwr.config import Config, ConfigError, parse
+from ferret_flwr.config import Config, ConfigError, flatten, parse
 from ferret_flwr.files import remove_scratch
 from ferret_flwr.flower.nodes import SeededClientManager
 from ferret_flwr.flower.recording import Recorded, RecordingServer, Row
 from ferret_flwr.flower.strategy import Ferret
 from ferret_flwr.ledger import Ledger
 from ferret_flwr.report import weights_nbytes
+from ferret_flwr.tracking import Tracking, check_installed
 
 if TYPE_CHECKING:
     from ferret_flwr.methods.method import Method
@@ -42,6 +43,8 @@ class Run:
         """
         other = None if config.method == "ferret" else _other_method(config.method)
         self.config = config = other.configured(config) if other else config
+        trackers = config.tracking.split()
+        check_installed(trackers)
         resume = config.ferret.resume
         path = Path(resume).expanduser()
         ledger = Ledger.load(path) if resume else None
@@ -63,13 +66,18 @@ class Run:
         self.folder = _new_folder(Path(config.results_dir).expanduser())
         self.strategy = self._comparison(other) if other else self._ferret(ledger)
         report.write_config(self.folder, config)
+        self.tracking = Tracking(trackers, self.folder, flatten(config))
+        for row in self.rows:
+            self.tracking.log(row)
         log.info("results go to %s", self.folder)
 
     def components(self) -> ServerAppComponents:
         """Return what Flower runs."""
         recorded = Recorded(self.strategy, self._on_row, first_round=self.done)
         return ServerAppComponents(
-            server=RecordingServer(SeededClientManager(self.config.seed), recorded, self._on_end),
+            server=RecordingServer(
+                SeededClientManager(self.config.seed), recorded, self._on_end, self.tracking
+            ),
             config=ServerConfig(
                 num_rounds=self.config.num_server_rounds - self.done,
                 round_timeout=self.config.strategy.round_timeout or None,
@@ -146,6 +154,7 @@ class Run:
     def _on_row(self, row: Row) -> None:
         if not self.rows or row["round"] > self.rows[-1]["round"]:  # else a resumed run's first
             self.rows.append(row)
+            self.tracking.log(row)
         log.info(report.line(row, self._fedavg_nbytes()))
         try:
             report.write_results(self.folder, self.config, self.rows, self._fedavg_nbytes())

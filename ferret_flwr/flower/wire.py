@@ -151,7 +151,7 @@ def _packed_base(base: Base) -> tuple[dict[str, Any], list[bytes]]:
 
 
 def decode(arrays: Sequence[np.ndarray], config: Mapping[str, Any]) -> Request:
-    """Return the request behind the arguments of `NumPyClient.fit` or ``evaluate``.
+    """Return the request behind the arguments of ``NumPyClient.fit`` or ``evaluate``.
 
     Raises
     ------

@@ -113,7 +113,7 @@ class FedKSeedPro(FedKSeed):
     """FedKSeed that prefers the seeds along which the loss changed most.
 
     The state is c and the probabilities p, float32 (K,) each, p uniform at first. The mean a_k of
-    all |ĝ| that were measured along z_k, 0 before the first, is brought to 0..1, and p is its
+    all ``|ĝ|`` that were measured along z_k, 0 before the first, is brought to 0..1, and p is its
     softmax, as in the paper's section on non-uniform sampling:
 
         p_k ∝ exp((a_k − min a) / (max a − min a)).

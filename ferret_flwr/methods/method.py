@@ -48,7 +48,7 @@ class Method(ABC):
     Attributes
     ----------
     adapter
-        Which parameters it tunes: "" for the model's own, or a kind of `adapters.ADAPTERS`.
+        Which parameters it tunes: "" for the model's own, or a kind of ``adapters.ADAPTERS``.
     optimizer
         What nodes train by, whatever `train.optimizer` says; "" for that.
     group

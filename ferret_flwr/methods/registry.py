@@ -1,4 +1,4 @@
-"""Every method but Ferret by the name that `method` has in a run configuration."""
+"""Every method but Ferret by the name that ``method`` has in a run configuration."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def allocate(
     Parameters
     ----------
     allocation
-        A key of `ALLOCATIONS`.
+        A key of ``ALLOCATIONS``.
     energies
         ‖Δ_l‖² of each block, or an estimate in any unit: ``(L,)``, finite, not negative.
     blocks

@@ -51,7 +51,7 @@ class Layout:
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """Index of each tensor's first element, then d: int64, one longer than `names`."""
+        """Index of each tensor's first element, then d: int64, one longer than ``names``."""
         sizes = [math.prod(shape) for shape in self.shapes]
         return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
@@ -93,7 +93,7 @@ class Layout:
 class Blocks:
     """The index space 0..d-1 cut into equal blocks, the last one shorter.
 
-    A block is a whole number of `GROUP` elements, so no group of random bits spans two blocks.
+    A block is a whole number of ``GROUP`` elements, so no group of random bits spans two blocks.
     """
 
     size: int  # d

@@ -28,7 +28,7 @@ class RoundPlan:
     seed
         Below 2⁶³. Basis element i of basis k is a pure function of ``(seed, k, i)``.
     family
-        A key of `FAMILIES`.
+        A key of ``FAMILIES``.
     blocks
         How the projected part of 0..d-1 is cut, which comes first.
     bases_per_block

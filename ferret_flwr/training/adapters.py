@@ -74,7 +74,7 @@ def adapted(lm: LanguageModel, kind: str, config: AdapterConfig) -> LanguageMode
     lm
         Of any dtype; its model becomes part of the returned one.
     kind
-        One of `ADAPTERS`.
+        One of ``ADAPTERS``.
     config
         How large the adapter is, and where.
 

@@ -32,7 +32,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A prompt and its response as ids; labels are `IGNORED` on the prompt."""
+    """A prompt and its response as ids; labels are ``IGNORED`` on the prompt."""
 
     input_ids: list[int]
     labels: list[int]

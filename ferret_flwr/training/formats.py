@@ -1,6 +1,6 @@
 """The layouts of instruction data on disk, each brought to one normal form.
 
-A row of a file goes in, a prompt and a response come out. One entry of `FORMATS` per
+A row of a file goes in, a prompt and a response come out. One entry of ``FORMATS`` per
 layout; adding a layout is adding an entry.
 """
 
@@ -37,7 +37,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Format:
-    """How rows of one layout are recognised (all of `fields`) and read."""
+    """How rows of one layout are recognised (all of ``fields``) and read."""
 
     fields: tuple[str, ...]
     read: Callable[[Mapping[str, Any], str, PreTrainedTokenizerBase | None], Example]
@@ -132,7 +132,7 @@ def read_row(
     row
         Field name -> value, as `unfold` gives it.
     format
-        A key of `FORMATS`, or ``"auto"`` for the first whose fields are all there.
+        A key of ``FORMATS``, or ``"auto"`` for the first whose fields are all there.
     origin
         What an error calls the row: the file and the row's number.
     stem

@@ -64,7 +64,7 @@ def train_locally(
     model
         A causal language model, on any device, in any floating-point type.
     examples
-        The client's share, from `partition`.
+        The client's share, from `training.partition`.
     tokenizer
         The tokenizer of ``model``.
     config
@@ -72,7 +72,7 @@ def train_locally(
     too_long
         `dataset.too-long`, see `tokenize`.
     seed, partition_id
-        Which order the examples come in, see `example_stream`.
+        Which order the examples come in, see `stream.example_stream`.
     round, num_rounds
         The round, from 1, and how many there are: where the schedule and the stream stand.
     progress

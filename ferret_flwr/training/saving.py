@@ -26,8 +26,8 @@ def save_model(lm: LanguageModel, folder: str | Path) -> Path:
     Returns
     -------
     pathlib.Path
-        The folder, fit for `AutoModelForCausalLM.from_pretrained`, or for
-        `PeftModel.from_pretrained` on the base model if there are virtual tokens.
+        The folder, fit for ``AutoModelForCausalLM.from_pretrained``, or for
+        ``PeftModel.from_pretrained`` on the base model if there are virtual tokens.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

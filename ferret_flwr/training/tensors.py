@@ -44,5 +44,5 @@ def load_masters(parameters: Mapping[str, torch.Tensor], arrays: Iterable[np.nda
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return name -> parameter in `named_parameters` order: tied ones once, frozen ones never."""
+    """Return name -> parameter in ``named_parameters`` order: tied ones once, frozen ones never."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -54,7 +54,7 @@ class Worker:
     config
         Which model.
     adapter, settings
-        A kind of `adapters.ADAPTERS` to tune in place of the model's own parameters; "" for none.
+        A kind of ``adapters.ADAPTERS`` to tune in place of the model's own parameters; "" for none.
     """
 
     def __init__(
