@@ -100,13 +100,60 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    """Which nodes take part in a round (`strategy.*`)."""
+    """Which nodes take part in a round, and how their coefficients become one (`strategy.*`)."""
 
+    name: str = _one_of("fedavg", "fedmedian", "trimmed-mean", "krum", "multi-krum", "bulyan")
+    trim: float = _within(0.2, 0.0, 0.49)  # share that trimmed-mean cuts off at either end
+    malicious_nodes: int = _within(0, 0)  # that krum, multi-krum and bulyan must bear
+    keep_nodes: int = _within(1, 1)  # whose mean multi-krum takes
     fraction_train: float = _within(1.0, 0.0, 1.0)
     fraction_evaluate: float = _within(0.0, 0.0, 1.0)
     min_train_nodes: int = _within(1, 1)
     min_available_nodes: int = _within(2, 1)
     round_timeout: float = _within(0.0, 0.0)  # seconds until a round goes on without a node; 0 = no
+
+    def contradictions(self) -> list[str]:
+        """Return what is wrong between keys that are each valid alone."""
+        wrong = []
+        if self.min_train_nodes > self.min_available_nodes:
+            wrong.append(
+                f"'strategy.min-train-nodes' must be at most 'strategy.min-available-nodes' = "
+                f"{self.min_available_nodes}, got {self.min_train_nodes}"
+            )
+        default = StrategyConfig()
+        for name, owners in BELONGS_TO.items():
+            if self.name not in owners and (value := getattr(self, name)) != getattr(default, name):
+                wrong.append(
+                    f"'strategy.{name.replace('_', '-')}' = {value!r} is for 'strategy.name' = "
+                    f"{' or '.join(map(repr, owners))}, got '{self.name}'"
+                )
+        times = NODES_PER_LIAR.get(self.name, 0)
+        least = times * self.malicious_nodes + 3
+        if times and self.min_train_nodes < least:
+            wrong.append(
+                f"'strategy.name' = '{self.name}' bears 'strategy.malicious-nodes' = "
+                f"{self.malicious_nodes} among at least {least} nodes a round: set "
+                f"'strategy.min-train-nodes' to {least} or more, got {self.min_train_nodes}"
+            )
+        if self.name == "multi-krum" and self.keep_nodes > (
+            most := self.min_train_nodes - self.malicious_nodes
+        ):
+            wrong.append(
+                "'strategy.keep-nodes' must leave the malicious ones out: at most "
+                f"'strategy.min-train-nodes' - 'strategy.malicious-nodes' = {most}, "
+                f"got {self.keep_nodes}"
+            )
+        return wrong
+
+
+# Keys of strategies that not all have, and the strategies.
+BELONGS_TO = {
+    "trim": ("trimmed-mean",),
+    "malicious_nodes": ("krum", "multi-krum", "bulyan"),
+    "keep_nodes": ("multi-krum",),
+}
+# n >= 2f + 3 nodes bear f liars (Blanchard et al., 2017), or 4f + 3 (El Mhamdi et al., 2018).
+NODES_PER_LIAR = {"krum": 2, "multi-krum": 2, "bulyan": 4}
 
 
 CONTIGUOUS_ONLY = ("allocation", "max_per_block", "energy_decay", "energy_floor", "warmup_rate")
@@ -288,12 +335,18 @@ def _checked(key: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> A
 
 def _contradictions(config: Config) -> list[str]:
     """Return what is wrong between keys that are each valid alone."""
-    wrong = []
-    if config.strategy.min_train_nodes > config.strategy.min_available_nodes:
-        wrong.append(
-            f"'strategy.min-train-nodes' must be at most 'strategy.min-available-nodes' = "
-            f"{config.strategy.min_available_nodes}, got {config.strategy.min_train_nodes}"
-        )
+    wrong = config.strategy.contradictions()
+    if config.strategy.name != "fedavg":
+        if config.method != "ferret":
+            wrong.append(
+                f"'strategy.name' = '{config.strategy.name}' needs 'method' = 'ferret': the other "
+                f"methods have their own way to aggregate, got '{config.method}'"
+            )
+        if config.ferret.bases == "per-client":
+            wrong.append(
+                "'ferret.bases' = 'per-client' needs 'strategy.name' = 'fedavg': numbers on "
+                f"different bases cannot be compared, got '{config.strategy.name}'"
+            )
     if config.strategy.fraction_evaluate and not config.dataset.holdout:
         wrong.append(
             "'strategy.fraction-evaluate' needs 'dataset.holdout' above 0: the share of its own "

@@ -15,6 +15,7 @@ from flwr.server.strategy import FedAvg
 from ferret_flwr import report
 from ferret_flwr.config import Config, ConfigError, parse
 from ferret_flwr.files import remove_scratch
+from ferret_flwr.flower.inner import build_inner
 from ferret_flwr.flower.nodes import SeededClientManager
 from ferret_flwr.flower.recording import Recorded, RecordingServer, Row
 from ferret_flwr.flower.strategy import Ferret
@@ -83,7 +84,7 @@ class Run:
 
             replica = live_replica(self.worker)
         return Ferret(
-            FedAvg(**_sampling(self.config)),
+            build_inner(self.config.strategy, _sampling(self.config)),
             self.config.ferret,
             seed=self.config.seed,
             num_rounds=self.config.num_server_rounds,

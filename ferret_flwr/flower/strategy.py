@@ -20,7 +20,6 @@ from flwr.common import (
     Parameters,
     Scalar,
     ndarrays_to_parameters,
-    parameters_to_ndarrays,
 )
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
@@ -28,7 +27,7 @@ from flwr.server.server import fit_clients
 from flwr.server.strategy import FedAvg, Strategy
 
 from ferret_flwr.config import ConfigError, FerretConfig
-from ferret_flwr.flower import wire
+from ferret_flwr.flower import inner, wire
 from ferret_flwr.flower.nodes import MOST_AT_ONCE, by_partition, failure_text, node_name, told
 from ferret_flwr.flower.replies import (
     FitResult,
@@ -79,6 +78,11 @@ class Ferret(Strategy):
         Where the ledger is written after each round.
     round_timeout
         Seconds to wait for nodes that are asked again within a round; None for as long as it takes.
+
+    Raises
+    ------
+    ConfigError
+        If ``strategy`` cannot aggregate coefficients, saying why and what to use instead.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Ferret(Strategy):
         round_timeout: float | None = None,
     ) -> None:
         """Bring the replica to the end of the ledger, if both are given."""
+        inner.check_inner(strategy)
         self.strategy = strategy
         self.config = config or FerretConfig()
         if self.config.bases == "per-client" and type(strategy) is not FedAvg:
@@ -168,17 +173,21 @@ class Ferret(Strategy):
         if not accepted:
             log.error("round %d: no usable reply, nothing is published", self.plan.round)
             return None, {}
-        aggregate, metrics = self.strategy.aggregate_fit(
-            server_round=server_round, results=accepted, failures=failures
-        )
-        if aggregate is None:
+        try:
+            projected, metrics = inner.aggregate(
+                self.strategy, self.plan, server_round, accepted, failures
+            )
+        except ValueError as error:  # such as Bulyan's, of too few replies
+            log.error("round %d is not published: %r: %s", self.plan.round, self.strategy, error)
+            return None, {}
+        if projected is None:
             log.error("round %d: the inner strategy returned nothing", self.plan.round)
             return None, metrics
         try:
             if self.config.bases == "per-client":
                 entry = publish_rows(self.plan, accepted, rate)
             else:
-                entry = publish(self.plan, parameters_to_ndarrays(aggregate)[0], rate)
+                entry = publish(self.plan, projected, rate)
         except PlanError as error:
             log.error("round %d is not published: %s", self.plan.round, error)
             return None, metrics
