@@ -156,6 +156,44 @@ BELONGS_TO = {
 NODES_PER_LIAR = {"krum": 2, "multi-krum": 2, "bulyan": 4}
 
 
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """What hides a node's part in a round (`privacy.*`), see docs/privacy.md."""
+
+    mechanism: str = _one_of("none", "central-fixed", "central-adaptive", "local")
+    noise_multiplier: float = _within(1.0, 1e-3)  # z, of the noise of clipping_norm on the sum
+    clipping_norm: float = _within(1.0, 1e-9)  # C; of central-adaptive the first round's
+    delta: float = _within(1e-5, 1e-15, 0.5)  # of (epsilon, delta)
+    # Of central-adaptive only:
+    clipped_share: float = _within(0.5, 0.0, 1.0)  # of the nodes' updates that should be clipped
+    clipping_rate: float = _within(0.2, 1e-6)  # how fast the norm follows that
+    count_stddev: float = _within(1.0, 1e-3)  # of the noise on the number of clipped updates
+
+    def contradictions(self) -> list[str]:
+        """Return what is wrong between keys that are each valid alone."""
+        wrong = []
+        default = PrivacyConfig()
+        for f in fields(self)[1:]:
+            owners = PRIVACY_ONLY.get(f.name, ("central-fixed", "central-adaptive", "local"))
+            value = getattr(self, f.name)
+            if self.mechanism not in owners and value != getattr(default, f.name):
+                wrong.append(
+                    f"'privacy.{f.name.replace('_', '-')}' = {value!r} is for 'privacy.mechanism' "
+                    f"= {' or '.join(map(repr, owners))}, got '{self.mechanism}'"
+                )
+        if self.mechanism == "central-adaptive" and self.noise_multiplier >= 2 * self.count_stddev:
+            wrong.append(
+                "'privacy.noise-multiplier' must be less than twice 'privacy.count-stddev' = "
+                f"{self.count_stddev}, got {self.noise_multiplier}: the count tells more"
+            )
+        return wrong
+
+
+PRIVACY_ONLY = {
+    "clipped_share": ("central-adaptive",),
+    "clipping_rate": ("central-adaptive",),
+    "count_stddev": ("central-adaptive",),
+}
 CONTIGUOUS_ONLY = ("allocation", "max_per_block", "energy_decay", "energy_floor", "warmup_rate")
 
 
@@ -244,6 +282,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     strategy: StrategyConfig = StrategyConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     ferret: FerretConfig = FerretConfig()
     adapter: AdapterConfig = AdapterConfig()
     zeroth_order: ZerothOrderConfig = ZerothOrderConfig()
@@ -335,7 +374,9 @@ def _checked(key: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> A
 
 def _contradictions(config: Config) -> list[str]:
     """Return what is wrong between keys that are each valid alone."""
-    wrong = config.strategy.contradictions()
+    wrong = config.strategy.contradictions() + config.privacy.contradictions()
+    if config.privacy.mechanism != "none":
+        wrong += _private_contradictions(config)
     if config.strategy.name != "fedavg":
         if config.method != "ferret":
             wrong.append(
@@ -359,6 +400,27 @@ def _contradictions(config: Config) -> list[str]:
             "evaluate on; set one of them, or 'evaluate.every' = 0"
         )
     return wrong
+
+
+def _private_contradictions(config: Config) -> list[str]:
+    """Return what would make the guarantee of `privacy.mechanism` false."""
+    mechanism = config.privacy.mechanism
+    needs: dict[str, tuple[Scalar, str]] = {
+        "method": ("ferret", "what the other methods send is not clipped"),
+        "ferret.bases": ("shared", "with bases of their own every node's numbers are published"),
+        "strategy.fraction-evaluate": (0.0, "what nodes evaluate has no noise"),
+    }
+    if mechanism == "local":
+        needs["ferret.blocks"] = (0, "nodes clip coefficients, which are as long as the update so")
+        needs["ferret.family"] = ("rademacher", "nodes clip coefficients by the update's length")
+    else:
+        needs["strategy.name"] = ("fedavg", "the noise is for a mean")
+    flat = flatten(config)
+    return [
+        f"'privacy.mechanism' = '{mechanism}' needs '{key}' = {value!r}: {why}; got {flat[key]!r}"
+        for key, (value, why) in needs.items()
+        if flat[key] != value
+    ]
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:

@@ -22,6 +22,7 @@ OTHER_CHOICE = {
     "dataset.too-long": "truncate",
     "train.schedule": "cosine",
     "strategy.name": "fedmedian",
+    "privacy.mechanism": "central-fixed",
     "ferret.family": "truncated-normal",
     "ferret.bases": "per-client",
     "ferret.allocation": "uniform",
@@ -41,6 +42,11 @@ NEEDS = {f"ferret.{name.replace('_', '-')}": {"ferret.blocks": 8} for name in CO
         "strategy.min-available-nodes": 5,
     },
 }
+NEEDS |= {
+    f"privacy.{name}": {"privacy.mechanism": "central-adaptive"}
+    for name in ("noise-multiplier", "clipping-norm", "delta", "clipped-share", "clipping-rate")
+}
+NEEDS["privacy.count-stddev"] = {"privacy.mechanism": "central-adaptive"}
 
 
 def _other(key, value):

@@ -10,10 +10,6 @@ import numpy as np
 from flwr.common import FitRes, Scalar, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server.strategy import (
     Bulyan,
-    DifferentialPrivacyClientSideAdaptiveClipping,
-    DifferentialPrivacyClientSideFixedClipping,
-    DifferentialPrivacyServerSideAdaptiveClipping,
-    DifferentialPrivacyServerSideFixedClipping,
     DPFedAvgFixed,
     FedAvg,
     FedAvgAndroid,
@@ -29,7 +25,8 @@ from flwr.server.strategy import (
     Strategy,
 )
 
-from ferret_flwr.config import ConfigError, StrategyConfig
+from ferret_flwr.config import ConfigError, FerretConfig, PrivacyConfig, StrategyConfig
+from ferret_flwr.flower.private import check_private, equal_shares, private, wrapper_of
 from ferret_flwr.flower.replies import FitResult
 from ferret_flwr.projection.plan import RoundPlan
 
@@ -51,12 +48,6 @@ REFUSED: dict[type[Strategy], str] = {
     DPFedAvgFixed: "adds noise for clipping that no client of today does, so it gives no privacy. "
     "Use DifferentialPrivacyServerSideFixedClipping",
 }
-PRIVATE = (
-    DifferentialPrivacyServerSideFixedClipping,
-    DifferentialPrivacyClientSideFixedClipping,
-    DifferentialPrivacyServerSideAdaptiveClipping,
-    DifferentialPrivacyClientSideAdaptiveClipping,
-)
 
 
 def chain(strategy: Strategy) -> Iterator[Strategy]:
@@ -72,13 +63,14 @@ def averages(strategy: Strategy) -> bool:
     return getattr(type(strategy), "aggregate_fit", None) is FedAvg.aggregate_fit
 
 
-def check_inner(strategy: Strategy) -> None:
+def check_inner(strategy: Strategy, config: FerretConfig) -> None:
     """Raise `ConfigError` if ``strategy``, or what it wraps, cannot aggregate coefficients."""
     links = list(chain(strategy))
     for link in links:
         for kind, reason in REFUSED.items():
             if isinstance(link, kind):
                 raise ConfigError(f"{type(link).__name__} cannot stand inside Ferret: it {reason}")
+    check_private(links, config)
 
 
 def aggregate(
@@ -87,12 +79,24 @@ def aggregate(
     server_round: int,
     results: list[FitResult],
     failures: list[FitResult | BaseException],
+    chosen: int,
 ) -> tuple[np.ndarray | None, dict[str, Scalar]]:
     """Let ``strategy`` aggregate coefficients.
 
     What is not a mean may compare lengths and distances. So it is handed γ / √(ρ K_l), whose
     squared norm has mean ‖Δ‖², and what it returns is taken back; with interleaved signs the
     factor is 1.
+
+    Parameters
+    ----------
+    strategy
+        The one inside `Ferret`.
+    plan
+        The round's bases.
+    server_round, results, failures
+        As Flower's.
+    chosen
+        How many nodes were asked.
 
     Returns
     -------
@@ -104,6 +108,8 @@ def aggregate(
         scale = None
     if scale is not None:
         results = [(client, _scaled(reply, scale)) for client, reply in results]
+    if wrapper := wrapper_of(list(chain(strategy))):
+        results, failures = equal_shares(wrapper, results, chosen), []  # it would give up for one
     aggregated, metrics = strategy.aggregate_fit(
         server_round=server_round, results=results, failures=failures
     )
@@ -119,25 +125,29 @@ def _scaled(reply: FitRes, scale: np.ndarray) -> FitRes:
     return replace(reply, parameters=ndarrays_to_parameters([scaled]))
 
 
-def build_inner(config: StrategyConfig, sampling: Mapping[str, Any]) -> FedAvg:
-    """Return the strategy that `strategy.name` asks for.
+def build_inner(
+    config: StrategyConfig, privacy: PrivacyConfig, sampling: Mapping[str, Any]
+) -> Strategy:
+    """Return the strategy that `strategy.name` and `privacy.mechanism` ask for.
 
     Parameters
     ----------
     config
         Its name and its parameters.
+    privacy
+        What is put around it.
     sampling
         Which nodes take part, as `FedAvg` names it.
     """
+    malicious: dict[str, Any] = {"num_malicious_clients": config.malicious_nodes}
     if config.name == "fedmedian":
         return FedMedian(**sampling)
     if config.name == "trimmed-mean":
         return FedTrimmedAvg(**sampling, beta=config.trim)
-    malicious: dict[str, Any] = {"num_malicious_clients": config.malicious_nodes}
     if config.name == "krum":
         return Krum(**sampling, **malicious)
     if config.name == "multi-krum":
         return Krum(**sampling, **malicious, num_clients_to_keep=config.keep_nodes)
     if config.name == "bulyan":
         return Bulyan(**sampling, **malicious, to_keep=0)  # Flower's rule has no default for it
-    return FedAvg(**sampling)
+    return private(FedAvg(**sampling), privacy, config.min_train_nodes)

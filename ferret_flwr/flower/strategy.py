@@ -20,6 +20,7 @@ from flwr.common import (
     Parameters,
     Scalar,
     ndarrays_to_parameters,
+    parameters_to_ndarrays,
 )
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
@@ -29,6 +30,13 @@ from flwr.server.strategy import FedAvg, Strategy
 from ferret_flwr.config import ConfigError, FerretConfig
 from ferret_flwr.flower import inner, wire
 from ferret_flwr.flower.nodes import MOST_AT_ONCE, by_partition, failure_text, node_name, told
+from ferret_flwr.flower.private import (
+    check_clipped,
+    check_outermost,
+    price,
+    untouchable,
+    wrapper_of,
+)
 from ferret_flwr.flower.replies import (
     FitResult,
     cached_rounds,
@@ -99,9 +107,11 @@ class Ferret(Strategy):
         round_timeout: float | None = None,
     ) -> None:
         """Bring the replica to the end of the ledger, if both are given."""
-        inner.check_inner(strategy)
         self.strategy = strategy
         self.config = config or FerretConfig()
+        inner.check_inner(strategy, self.config)
+        self.wrapper = wrapper_of(list(inner.chain(strategy)))  # for differential privacy
+        self.spent = 0.0  # of privacy, by this run: Σ 1 / z², see `accounting`
         if self.config.bases == "per-client" and type(strategy) is not FedAvg:
             raise ConfigError(
                 f"'ferret.bases' = 'per-client' needs FedAvg inside, got {strategy!r}: numbers on "
@@ -127,6 +137,7 @@ class Ferret(Strategy):
         self.replica_seconds = 0.0  # that the replica took to follow this round
         self._reached: dict[str, int] = {}  # node -> rounds in its ledger cache
         self._configs: dict[str, dict[str, Scalar]] = {}  # what the inner strategy sends each node
+        self._requests: list[FitIns] = []  # of this round
 
     def __repr__(self) -> str:
         """Name the inner strategy."""
@@ -136,9 +147,10 @@ class Ferret(Strategy):
         """Learn what the nodes' base model is, unless the server has it; return no weights."""
         self.strategy.initialize_parameters(client_manager)
         if self.ledger is None:
-            least = getattr(self.strategy, "min_available_clients", 1)
+            *_, innermost = inner.chain(self.strategy)
+            least = getattr(innermost, "min_available_clients", 1)
             self.ledger = Ledger(_ask_for_header(client_manager, least))
-        return ndarrays_to_parameters([np.zeros(1, dtype=np.float32)])
+        return untouchable()
 
     def configure_fit(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -153,7 +165,9 @@ class Ferret(Strategy):
             client_manager=client_manager,
         )
         self._configs = {client.cid: instruction.config for client, instruction in chosen}
-        return [(client, self._train_request(client)) for client, _ in chosen]
+        requests = [(client, self._train_request(client)) for client, _ in chosen]
+        self._requests = [request for _, request in requests]
+        return requests
 
     def aggregate_fit(
         self,
@@ -163,6 +177,8 @@ class Ferret(Strategy):
     ) -> tuple[Parameters | None, Metrics]:
         """Check the replies, let the inner strategy average them, publish the round."""
         assert self.plan is not None, "configure_fit comes first"
+        if self.wrapper is None:
+            check_outermost(self._requests)
         self.refused, self.replica_seconds = {}, 0.0
         for failure in failures:
             log.warning("%s", failure_text(failure))
@@ -175,11 +191,13 @@ class Ferret(Strategy):
             return None, {}
         try:
             projected, metrics = inner.aggregate(
-                self.strategy, self.plan, server_round, accepted, failures
+                self.strategy, self.plan, server_round, accepted, failures, len(self._configs)
             )
         except ValueError as error:  # such as Bulyan's, of too few replies
             log.error("round %d is not published: %r: %s", self.plan.round, self.strategy, error)
             return None, {}
+        if self.wrapper is not None:
+            self.spent += price(self.wrapper)
         if projected is None:
             log.error("round %d: the inner strategy returned nothing", self.plan.round)
             return None, metrics
@@ -198,7 +216,7 @@ class Ferret(Strategy):
             self.ledger = self.ledger.with_fingerprint(self.replica.fingerprint)
             self.replica_seconds = time.perf_counter() - start
         self._save()
-        return ndarrays_to_parameters([np.zeros(1, dtype=np.float32)]), metrics
+        return untouchable(), metrics
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, Metrics] | None:
         """Evaluate the server's replica, if there is one."""
@@ -300,6 +318,7 @@ class Ferret(Strategy):
         for client, reply in sorted(results, key=by_partition):
             try:
                 check_reply(reply, plan, self.config.bases, rate)
+                check_clipped(self.wrapper, parameters_to_ndarrays(reply.parameters)[0])
                 usable.append((client, reply))
             except Exception as error:  # a stranger may send anything
                 self._refuse(client, reply.metrics, str(error))
@@ -308,7 +327,8 @@ class Ferret(Strategy):
                 log.warning(
                     "%d nodes have 'partition-id' = %s: give each its own", count, partition
                 )
-        usable = self._not_huge(usable)
+        if self.wrapper is None:  # which clips, and what one node sends must not refuse another
+            usable = self._not_huge(usable)
         expected = ledger.fingerprint or self._vote(usable)
         if expected and not ledger.fingerprint:
             self.ledger = ledger.with_fingerprint(expected)

@@ -5,9 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from flwr.common import FitIns, FitRes, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.compat.common import recorddict_compat as compat
 from flwr.server import Server, SimpleClientManager
 from flwr.server.strategy import Strategy
+from flwr.supercore.task_identity import TaskIdentity
 from torch.nn import functional
 
 from ferret_flwr.config import FerretConfig
@@ -64,6 +69,29 @@ class Dishonest(InProcess):
         return reply
 
 
+def be_a_node() -> None:
+    """Let Flower take this process for one that runs a ClientApp."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+
+
+class ThroughApp(InProcess):
+    """A node whose messages pass through a `ClientApp` with mods, as Flower calls it."""
+
+    def __init__(self, node: int, make_client: Callable, mods: list[Mod]) -> None:  # type: ignore[type-arg]
+        super().__init__(node, make_client)
+        be_a_node()
+        self.app = ClientApp(client_fn=lambda context: make_client(node), mods=mods)
+        self.context = Context(1, node, {"partition-id": node}, RecordDict(), {})
+
+    def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
+        message = Message(
+            compat.fitins_to_recorddict(ins, keep_input=True),
+            dst_node_id=self.node,
+            message_type=MessageType.TRAIN,
+        )
+        return compat.recorddict_to_fitres(self.app(message, self.context).content, keep_input=True)
+
+
 class SmallFederation:
     """Nodes with data of one kind, some of them dishonest.
 
@@ -113,6 +141,10 @@ class SmallFederation:
             LedgerCache(self.folder, 1, node, snapshots=False),
             partition_id=node,
         ).to_client()
+
+    def through_app(self, *mods: Mod) -> None:
+        """Give every node's ClientApp these mods."""
+        self.proxies = [ThroughApp(p.node, self.client, list(mods)) for p in self.proxies]
 
     def loss(self, learned: Replica) -> float:
         """Return the held-out loss."""

@@ -164,7 +164,7 @@ def squared_distances(settings: dict[str, object], seed: int) -> tuple[float, fl
     layout = Layout(("w",), ((SIZE,),))
     rows = np.stack([project([row], layout, plan) for row in pair])
     strategy = Kept()
-    returned, _ = inner.aggregate(strategy, plan, 1, replies(rows), [])
+    returned, _ = inner.aggregate(strategy, plan, 1, replies(rows), [], 2)
     np.testing.assert_allclose(returned, rows[0], rtol=1e-5)
     first, second = (row.astype(np.float64) for row in strategy.rows)
     alone = rows.astype(np.float64)
@@ -194,7 +194,7 @@ def test_multi_krum_leaves_out_the_nodes_that_it_would_in_parameter_space() -> N
     updates[:LIARS] *= -1.0
     layout = Layout(("w",), ((SIZE,),))
     rows = np.stack([project([row.astype(np.float32)], layout, plan) for row in updates])
-    aggregated, _ = inner.aggregate(ROBUST["MultiKrum"](), plan, 1, replies(rows), [])
+    aggregated, _ = inner.aggregate(ROBUST["MultiKrum"](), plan, 1, replies(rows), [], NODES)
     np.testing.assert_allclose(aggregated, rows[LIARS:].mean(axis=0), rtol=1e-4, atol=1e-3)
     whole, _ = ROBUST["MultiKrum"]().aggregate_fit(1, replies(updates), [])
     (kept,) = parameters_to_ndarrays(whole)

@@ -19,7 +19,8 @@ from flwr.server.strategy import (
 
 from ferret_flwr.config import ConfigError, parse
 from ferret_flwr.flower import Ferret
-from ferret_flwr.flower.inner import PRIVATE, REFUSED, build_inner
+from ferret_flwr.flower.inner import REFUSED, build_inner
+from ferret_flwr.flower.private import PRIVATE
 
 ALLOWED = ("FedAvg", "FedMedian", "FedTrimmedAvg", "Krum", "Bulyan", "FedProx")
 ALLOWED += ("FaultTolerantFedAvg",)
@@ -93,7 +94,7 @@ def test_a_run_config_names_the_strategy(
     settings: dict[str, object], kind: type[FedAvg], attributes: dict[str, object]
 ) -> None:
     config = parse(settings)  # type: ignore[arg-type]
-    strategy = build_inner(config.strategy, {"min_fit_clients": 7})
+    strategy = build_inner(config.strategy, config.privacy, {"min_fit_clients": 7})
     assert type(strategy) is kind
     assert strategy.min_fit_clients == 7
     assert {name: getattr(strategy, name) for name in attributes} == attributes
