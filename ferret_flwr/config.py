@@ -168,12 +168,19 @@ class PrivacyConfig:
     clipped_share: float = _within(0.5, 0.0, 1.0)  # of the nodes' updates that should be clipped
     clipping_rate: float = _within(0.2, 1e-6)  # how fast the norm follows that
     count_stddev: float = _within(1.0, 1e-3)  # of the noise on the number of clipped updates
+    # Whatever the mechanism:
+    secure_aggregation: bool = False  # the server learns the sum of the nodes' numbers only
+    secure_threshold: float = _within(0.6, 0.5, 1.0)  # share of the nodes that must stay
 
     def contradictions(self) -> list[str]:
         """Return what is wrong between keys that are each valid alone."""
         wrong = []
         default = PrivacyConfig()
+        if self.secure_threshold != default.secure_threshold and not self.secure_aggregation:
+            wrong.append("'privacy.secure-threshold' needs 'privacy.secure-aggregation' = true")
         for f in fields(self)[1:]:
+            if f.name.startswith("secure"):
+                continue
             owners = PRIVACY_ONLY.get(f.name, ("central-fixed", "central-adaptive", "local"))
             value = getattr(self, f.name)
             if self.mechanism not in owners and value != getattr(default, f.name):
@@ -375,7 +382,7 @@ def _checked(key: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> A
 def _contradictions(config: Config) -> list[str]:
     """Return what is wrong between keys that are each valid alone."""
     wrong = config.strategy.contradictions() + config.privacy.contradictions()
-    if config.privacy.mechanism != "none":
+    if config.privacy.mechanism != "none" or config.privacy.secure_aggregation:
         wrong += _private_contradictions(config)
     if config.strategy.name != "fedavg":
         if config.method != "ferret":
@@ -403,7 +410,7 @@ def _contradictions(config: Config) -> list[str]:
 
 
 def _private_contradictions(config: Config) -> list[str]:
-    """Return what would make the guarantee of `privacy.mechanism` false."""
+    """Return what would make false what `privacy.*` promises."""
     mechanism = config.privacy.mechanism
     needs: dict[str, tuple[Scalar, str]] = {
         "method": ("ferret", "what the other methods send is not clipped"),
@@ -413,11 +420,25 @@ def _private_contradictions(config: Config) -> list[str]:
     if mechanism == "local":
         needs["ferret.blocks"] = (0, "nodes clip coefficients, which are as long as the update so")
         needs["ferret.family"] = ("rademacher", "nodes clip coefficients by the update's length")
-    else:
+    elif mechanism != "none":
         needs["strategy.name"] = ("fedavg", "the noise is for a mean")
+    asked = f"'privacy.mechanism' = '{mechanism}'"
+    wrong = []
+    if config.privacy.secure_aggregation:
+        asked = "'privacy.secure-aggregation'"
+        needs["strategy.name"] = ("fedavg", "the server sees the mean and nothing else")
+        if mechanism.startswith("central"):
+            wrong.append(
+                f"{asked} hides from the server what '{mechanism}' would clip: use 'local'"
+            )
+        if config.strategy.min_train_nodes < 3:
+            wrong.append(
+                f"{asked} needs 'strategy.min-train-nodes' of at least 3, that one may leave; got "
+                f"{config.strategy.min_train_nodes}"
+            )
     flat = flatten(config)
-    return [
-        f"'privacy.mechanism' = '{mechanism}' needs '{key}' = {value!r}: {why}; got {flat[key]!r}"
+    return wrong + [
+        f"{asked} needs '{key}' = {value!r}: {why}; got {flat[key]!r}"
         for key, (value, why) in needs.items()
         if flat[key] != value
     ]

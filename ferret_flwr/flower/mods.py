@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from flwr.app import Context, Message, MessageType
-from flwr.client.mod import LocalDpMod
+from flwr.client.mod import LocalDpMod, secaggplus_mod
 from flwr.clientapp.typing import ClientAppCallable, Mod
-from flwr.common import FitRes, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common import FitRes, Scalar, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common.secure_aggregation.secaggplus_constants import (
+    RECORD_KEY_CONFIGS,
+    RECORD_KEY_STATE,
+)
 from flwr.compat.common import recorddict_compat as compat
 
-from ferret_flwr.config import PrivacyConfig
+from ferret_flwr.config import ConfigError, PrivacyConfig
 from ferret_flwr.flower.private import not_all_zero
 from ferret_flwr.flower.site import Site
 
@@ -35,20 +40,73 @@ def on_coefficients(mod: Mod) -> Mod:
 
 
 def privacy_mod(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
-    """Clip and add noise where run-config or node-config have `privacy.mechanism` = local.
+    """Do what run-config and node-config ask for in `privacy.*`, before anything leaves the node.
 
-    Beside the coefficients it sends what the protocol needs: no loss, no times, no number of
-    examples.
+    With `privacy.mechanism` = local, clip and add noise. With `privacy.secure-aggregation`, mask
+    the coefficients, and answer no request to train without. In both cases a node sends the
+    coefficients and what the protocol needs: no loss, no times, no number of examples.
+
+    Raises
+    ------
+    ConfigError
+        If the node is asked for coefficients in clear and may only send masked ones.
     """
+    if msg.metadata.message_type != MessageType.TRAIN:
+        return call_next(msg, ctxt)
+    if not _asked(ctxt, "privacy.secure-aggregation"):
+        return _with_noise(msg, ctxt, call_next)
+    if RECORD_KEY_CONFIGS not in msg.content.config_records:
+        raise ConfigError("this node trains with secure aggregation only, and was asked without")
+    return secaggplus_mod(msg, ctxt, lambda m, c: _to_be_masked(m, c, call_next))
+
+
+def _asked(ctxt: Context, key: str) -> Scalar | None:
+    """Return what run-config or node-config ask for; either is enough."""
+    return ctxt.node_config.get(key) or ctxt.run_config.get(key)
+
+
+def _with_noise(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
     answer = call_next(msg, ctxt)
-    asked = {**ctxt.run_config, **ctxt.node_config}.get("privacy.mechanism")
-    reply = _coefficients_in(msg, answer) if asked == "local" else None
+    local = "local" in (c.get("privacy.mechanism") for c in (ctxt.run_config, ctxt.node_config))
+    reply = _coefficients_in(msg, answer) if local else None
     if reply is None:
         return answer
     config = Site.of(ctxt).config.privacy
-    reply.num_examples = 1
-    reply.metrics = {key: reply.metrics[key] for key in PROTOCOL if key in reply.metrics}
-    return _show(_local(config), msg, ctxt, answer, reply)
+    if config.mechanism != "local":
+        return answer
+    return _show(_local(config), msg, ctxt, answer, _reduced(reply))
+
+
+def _to_be_masked(msg: Message, ctxt: Context, call_next: ClientAppCallable) -> Message:
+    """Return an answer that survives masking, or raise: then the others go on without this node.
+
+    Behind the mask NaN would be noise in everybody's mean, and what is out of range cut off.
+    """
+    answer = _with_noise(msg, ctxt, call_next)
+    reply = _coefficients_in(msg, answer)
+    if reply is None:
+        error = "it has no coefficients" if answer.has_error() else _error_in(answer)
+        raise ValueError(f"nothing to mask: {error}")
+    (projected,) = parameters_to_ndarrays(reply.parameters)
+    limit = float(ctxt.state.config_records[RECORD_KEY_STATE]["clipping_range"])  # type: ignore[arg-type]
+    largest = float(np.abs(projected).max())  # NaN if there is one
+    if not largest <= limit:
+        raise ValueError(
+            f"not masked: the largest coefficient is {largest:g}, allowed is {limit:g}"
+        )
+    answer.content = compat.fitres_to_recorddict(_reduced(reply), keep_input=True)
+    return answer
+
+
+def _error_in(answer: Message) -> str:
+    reply = compat.recorddict_to_fitres(answer.content, keep_input=True)
+    return str(reply.metrics.get("error", "it has no coefficients"))
+
+
+def _reduced(reply: FitRes) -> FitRes:
+    """Return the reply without what says more than the coefficients."""
+    metrics = {key: reply.metrics[key] for key in PROTOCOL if key in reply.metrics}
+    return replace(reply, num_examples=1, metrics=metrics)
 
 
 def _local(config: PrivacyConfig) -> LocalDpMod:

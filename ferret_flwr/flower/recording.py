@@ -223,6 +223,12 @@ class Recorded(Strategy):
         self._finish()
         return loss, metrics
 
+    def weigh(self, cid: str, down: int, up: int) -> None:
+        """Count bytes of a node whose messages pass through no proxy."""
+        traffic = self._traffic.setdefault(cid, [0, 0])
+        traffic[0] += down
+        traffic[1] += up
+
     def _left_out(self, failures: Sequence[Any]) -> list[str]:
         """Return which nodes did not count, and why."""
         refused = getattr(self.strategy, "refused", {})

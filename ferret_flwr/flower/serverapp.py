@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.common import Metrics, Scalar
-from flwr.server import ServerAppComponents, ServerConfig
+from flwr.server import Server, ServerAppComponents, ServerConfig
 from flwr.server.strategy import FedAvg
 
 from ferret_flwr import accounting, report
@@ -74,8 +74,16 @@ class Run:
     def components(self) -> ServerAppComponents:
         """Return what Flower runs."""
         recorded = Recorded(self.strategy, self._on_row, first_round=self.done)
+        manager = SeededClientManager(self.config.seed)
+        if self.config.privacy.secure_aggregation:
+            from ferret_flwr.flower.secure import SecureServer
+
+            threshold = self.config.privacy.secure_threshold
+            server: Server = SecureServer(manager, recorded, self._on_end, threshold)
+        else:
+            server = RecordingServer(manager, recorded, self._on_end)
         return ServerAppComponents(
-            server=RecordingServer(SeededClientManager(self.config.seed), recorded, self._on_end),
+            server=server,
             config=ServerConfig(
                 num_rounds=self.config.num_server_rounds - self.done,
                 round_timeout=self.config.strategy.round_timeout or None,
@@ -98,6 +106,7 @@ class Run:
             ledger=ledger,
             ledger_path=self.folder / "ledger.safetensors",
             round_timeout=self.config.strategy.round_timeout or None,
+            secure=self.config.privacy.secure_aggregation,
         )
 
     def _comparison(self, kind: type[Method]) -> FedAvg:

@@ -39,6 +39,7 @@ NODE_KEYS = (
     "privacy.noise-multiplier",
     "privacy.clipping-norm",
     "privacy.delta",
+    "privacy.secure-aggregation",
     "ferret.coefficients",
     "ferret.cache-dir",
     "ferret.snapshots",

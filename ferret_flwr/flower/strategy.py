@@ -86,6 +86,9 @@ class Ferret(Strategy):
         Where the ledger is written after each round.
     round_timeout
         Seconds to wait for nodes that are asked again within a round; None for as long as it takes.
+    secure
+        Each reply holds the mean of all of them, as under secure aggregation: all can be used or
+        none.
 
     Raises
     ------
@@ -105,6 +108,7 @@ class Ferret(Strategy):
         ledger: Ledger | None = None,
         ledger_path: Path | None = None,
         round_timeout: float | None = None,
+        secure: bool = False,
     ) -> None:
         """Bring the replica to the end of the ledger, if both are given."""
         self.strategy = strategy
@@ -127,6 +131,7 @@ class Ferret(Strategy):
         self.evaluate_replica = evaluate
         self.ledger_path = ledger_path
         self.round_timeout = round_timeout
+        self.secure = secure
         self.ledger = ledger
         if replica is not None:
             self.ledger = ledger or Ledger(replica.header)
@@ -183,9 +188,16 @@ class Ferret(Strategy):
         for failure in failures:
             log.warning("%s", failure_text(failure))
         for node in self._configs.keys() - {client.cid for client, _ in results}:
+            if self.secure:
+                self._reached[node] = 0  # it could not say whether its ledger was stale
             log.warning("node %s did not take part in round %d", node, self.plan.round)
         rate = server_rate(self.config, self.plan, self._ledger(), self.num_rounds)
-        accepted = self._accept(self._ask_again(results, server_round), rate)
+        if not self.secure:
+            results = self._ask_again(results, server_round)
+        accepted = self._accept(results, rate)
+        if self.secure and len(accepted) < len(results):
+            log.error("round %d: who is left out is in the mean; not published", self.plan.round)
+            return None, {}
         if not accepted:
             log.error("round %d: no usable reply, nothing is published", self.plan.round)
             return None, {}
