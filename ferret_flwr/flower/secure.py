@@ -22,6 +22,7 @@ from flwr.server.server import FitResultsAndFailures
 from flwr.server.strategy import FedAvg
 from flwr.server.workflow import SecAggPlusWorkflow
 from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECORD, Key
+from flwr.server.workflow.secure_aggregation.secaggplus_workflow import WorkflowState
 from flwr.serverapp import Grid
 
 from ferret_flwr.flower.recording import Recorded, RecordingServer, Weighed
@@ -134,6 +135,22 @@ class Unmasked(FedAvg):
         return self.result
 
 
+class Workflow(SecAggPlusWorkflow):
+    """Flower's SecAgg+ for nodes that leave early, too.
+
+    Flower 1.41 asks for the shares of all nodes that were asked to begin. Who left before it gave
+    its shares away has none, and no part in anybody's mask: it is as if it had not been asked.
+    """
+
+    def share_keys_stage(self, grid: Grid, context: LegacyContext, state: WorkflowState) -> bool:
+        """Go on with those that have given their shares away."""
+        enough = super().share_keys_stage(grid, context, state)
+        there = set(state.active_node_ids)
+        state.sampled_node_ids = there
+        state.nid_to_neighbours = {nid: state.nid_to_neighbours[nid] & there for nid in there}
+        return enough
+
+
 class SecureServer(RecordingServer):
     """A server whose rounds are SecAgg+.
 
@@ -170,7 +187,7 @@ class SecureServer(RecordingServer):
         ledger = self.ferret.ledger
         assert ledger is not None
         clipping = self._wider * clipping_range(ledger, nodes)
-        workflow = SecAggPlusWorkflow(
+        workflow = Workflow(
             num_shares=1.0,
             reconstruction_threshold=self.threshold,
             max_weight=1.0,  # every node's weight

@@ -164,13 +164,13 @@ def test_the_error_is_what_the_row_says(scene: Scene) -> None:
     assert 0.5 * said < error.std() < 1.2 * said
 
 
-@pytest.mark.parametrize("stage", [Stage.COLLECT_MASKED_VECTORS, Stage.UNMASK])
+@pytest.mark.parametrize("stage", Stage.all())
 def test_a_node_that_leaves_is_left_out_or_counted(stage: str, scene: Scene) -> None:
     """Before it has sent its masked vector it is left out; after, the others undo its mask."""
     scene.grid.gone[2] = stage
     ledger = scene.run(2)
     assert len(ledger) == 2
-    without = (2,) if stage == Stage.COLLECT_MASKED_VECTORS else ()
+    without = () if stage == Stage.UNMASK else (2,)
     for round in (1, 2):
         check(ledger, scene, round, without)
 
