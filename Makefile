@@ -19,7 +19,7 @@ help:  ## list the targets
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt -e '.[train,dev,docs]'
+	$(BIN)/pip install -c constraints.txt -e '.[train,privacy,dev,docs]'
 	touch $@
 
 demo: $(INSTALLED)  ## set up, then tune the built-in model on the built-in data

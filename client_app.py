@@ -5,6 +5,7 @@ from flwr.client import Client
 from flwr.clientapp import ClientApp
 
 from ferret_flwr.flower.clientapp import client
+from ferret_flwr.flower.mods import privacy_mod
 
 
 def client_fn(context: Context) -> Client:
@@ -12,4 +13,4 @@ def client_fn(context: Context) -> Client:
     return client(context)
 
 
-app = ClientApp(client_fn=client_fn)
+app = ClientApp(client_fn=client_fn, mods=[privacy_mod])

@@ -105,15 +105,107 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class StrategyConfig:
-    """Which nodes take part in a round (`strategy.*`)."""
+    """Which nodes take part in a round, and how their coefficients become one (`strategy.*`)."""
 
+    name: str = _one_of("fedavg", "fedmedian", "trimmed-mean", "krum", "multi-krum", "bulyan")
+    trim: float = _within(0.2, 0.0, 0.49)  # share that trimmed-mean cuts off at either end
+    malicious_nodes: int = _within(0, 0)  # that krum, multi-krum and bulyan must bear
+    keep_nodes: int = _within(1, 1)  # whose mean multi-krum takes
     fraction_train: float = _within(1.0, 0.0, 1.0)  # share of the nodes
     fraction_evaluate: float = _within(0.0, 0.0, 1.0)  # share of the nodes, on data of their own
     min_train_nodes: int = _within(1, 1)  # at least so many train
     min_available_nodes: int = _within(2, 1)  # a round waits for them
     round_timeout: float = _within(0.0, 0.0)  # seconds until a round goes on without a node; 0 = no
 
+    def contradictions(self) -> list[str]:
+        """Return what is wrong between keys that are each valid alone."""
+        wrong = []
+        if self.min_train_nodes > self.min_available_nodes:
+            wrong.append(
+                f"'strategy.min-train-nodes' must be at most 'strategy.min-available-nodes' = "
+                f"{self.min_available_nodes}, got {self.min_train_nodes}"
+            )
+        default = StrategyConfig()
+        for name, owners in BELONGS_TO.items():
+            if self.name not in owners and (value := getattr(self, name)) != getattr(default, name):
+                wrong.append(
+                    f"'strategy.{name.replace('_', '-')}' = {value!r} is for 'strategy.name' = "
+                    f"{' or '.join(map(repr, owners))}, got '{self.name}'"
+                )
+        times = NODES_PER_LIAR.get(self.name, 0)
+        least = times * self.malicious_nodes + 3
+        if times and self.min_train_nodes < least:
+            wrong.append(
+                f"'strategy.name' = '{self.name}' bears 'strategy.malicious-nodes' = "
+                f"{self.malicious_nodes} among at least {least} nodes a round: set "
+                f"'strategy.min-train-nodes' to {least} or more, got {self.min_train_nodes}"
+            )
+        if self.name == "multi-krum" and self.keep_nodes > (
+            most := self.min_train_nodes - self.malicious_nodes
+        ):
+            wrong.append(
+                "'strategy.keep-nodes' must leave the malicious ones out: at most "
+                f"'strategy.min-train-nodes' - 'strategy.malicious-nodes' = {most}, "
+                f"got {self.keep_nodes}"
+            )
+        return wrong
 
+
+# Keys of strategies that not all have, and the strategies.
+BELONGS_TO = {
+    "trim": ("trimmed-mean",),
+    "malicious_nodes": ("krum", "multi-krum", "bulyan"),
+    "keep_nodes": ("multi-krum",),
+}
+# n >= 2f + 3 nodes bear f liars (Blanchard et al., 2017), or 4f + 3 (El Mhamdi et al., 2018).
+NODES_PER_LIAR = {"krum": 2, "multi-krum": 2, "bulyan": 4}
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """What hides a node's part in a round (`privacy.*`), see docs/privacy.md."""
+
+    mechanism: str = _one_of("none", "central-fixed", "central-adaptive", "local")
+    noise_multiplier: float = _within(1.0, 1e-3)  # z, of the noise of clipping_norm on the sum
+    clipping_norm: float = _within(1.0, 1e-9)  # C; of central-adaptive the first round's
+    delta: float = _within(1e-5, 1e-15, 0.5)  # of (epsilon, delta)
+    # Of central-adaptive only:
+    clipped_share: float = _within(0.5, 0.0, 1.0)  # of the nodes' updates that should be clipped
+    clipping_rate: float = _within(0.2, 1e-6)  # how fast the norm follows that
+    count_stddev: float = _within(1.0, 1e-3)  # of the noise on the number of clipped updates
+    # Whatever the mechanism:
+    secure_aggregation: bool = False  # the server learns the sum of the nodes' numbers only
+    secure_threshold: float = _within(0.6, 0.5, 1.0)  # share of the nodes that must stay
+
+    def contradictions(self) -> list[str]:
+        """Return what is wrong between keys that are each valid alone."""
+        wrong = []
+        default = PrivacyConfig()
+        if self.secure_threshold != default.secure_threshold and not self.secure_aggregation:
+            wrong.append("'privacy.secure-threshold' needs 'privacy.secure-aggregation' = true")
+        for f in fields(self)[1:]:
+            if f.name.startswith("secure"):
+                continue
+            owners = PRIVACY_ONLY.get(f.name, ("central-fixed", "central-adaptive", "local"))
+            value = getattr(self, f.name)
+            if self.mechanism not in owners and value != getattr(default, f.name):
+                wrong.append(
+                    f"'privacy.{f.name.replace('_', '-')}' = {value!r} is for 'privacy.mechanism' "
+                    f"= {' or '.join(map(repr, owners))}, got '{self.mechanism}'"
+                )
+        if self.mechanism == "central-adaptive" and self.noise_multiplier >= 2 * self.count_stddev:
+            wrong.append(
+                "'privacy.noise-multiplier' must be less than twice 'privacy.count-stddev' = "
+                f"{self.count_stddev}, got {self.noise_multiplier}: the count tells more"
+            )
+        return wrong
+
+
+PRIVACY_ONLY = {
+    "clipped_share": ("central-adaptive",),
+    "clipping_rate": ("central-adaptive",),
+    "count_stddev": ("central-adaptive",),
+}
 CONTIGUOUS_ONLY = ("allocation", "max_per_block", "energy_decay", "energy_floor", "warmup_rate")
 
 
@@ -203,6 +295,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     strategy: StrategyConfig = StrategyConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     ferret: FerretConfig = FerretConfig()
     adapter: AdapterConfig = AdapterConfig()
     zeroth_order: ZerothOrderConfig = ZerothOrderConfig()
@@ -297,12 +390,20 @@ def _checked(key: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> A
 
 def _contradictions(config: Config) -> list[str]:
     """Return what is wrong between keys that are each valid alone."""
-    wrong = []
-    if config.strategy.min_train_nodes > config.strategy.min_available_nodes:
-        wrong.append(
-            f"'strategy.min-train-nodes' must be at most 'strategy.min-available-nodes' = "
-            f"{config.strategy.min_available_nodes}, got {config.strategy.min_train_nodes}"
-        )
+    wrong = config.strategy.contradictions() + config.privacy.contradictions()
+    if config.privacy.mechanism != "none" or config.privacy.secure_aggregation:
+        wrong += _private_contradictions(config)
+    if config.strategy.name != "fedavg":
+        if config.method != "ferret":
+            wrong.append(
+                f"'strategy.name' = '{config.strategy.name}' needs 'method' = 'ferret': the other "
+                f"methods have their own way to aggregate, got '{config.method}'"
+            )
+        if config.ferret.bases == "per-client":
+            wrong.append(
+                "'ferret.bases' = 'per-client' needs 'strategy.name' = 'fedavg': numbers on "
+                f"different bases cannot be compared, got '{config.strategy.name}'"
+            )
     if config.strategy.fraction_evaluate and not config.dataset.holdout:
         wrong.append(
             "'strategy.fraction-evaluate' needs 'dataset.holdout' above 0: the share of its own "
@@ -315,6 +416,41 @@ def _contradictions(config: Config) -> list[str]:
             "evaluate on; set one of them, or 'evaluate.every' = 0"
         )
     return wrong
+
+
+def _private_contradictions(config: Config) -> list[str]:
+    """Return what would make false what `privacy.*` promises."""
+    mechanism = config.privacy.mechanism
+    needs: dict[str, tuple[Scalar, str]] = {
+        "method": ("ferret", "what the other methods send is not clipped"),
+        "ferret.bases": ("shared", "with bases of their own every node's numbers are published"),
+        "strategy.fraction-evaluate": (0.0, "what nodes evaluate has no noise"),
+    }
+    if mechanism == "local":
+        needs["ferret.blocks"] = (0, "nodes clip coefficients, which are as long as the update so")
+        needs["ferret.family"] = ("rademacher", "nodes clip coefficients by the update's length")
+    elif mechanism != "none":
+        needs["strategy.name"] = ("fedavg", "the noise is for a mean")
+    asked = f"'privacy.mechanism' = '{mechanism}'"
+    wrong = []
+    if config.privacy.secure_aggregation:
+        asked = "'privacy.secure-aggregation'"
+        needs["strategy.name"] = ("fedavg", "the server sees the mean and nothing else")
+        if mechanism.startswith("central"):
+            wrong.append(
+                f"{asked} hides from the server what '{mechanism}' would clip: use 'local'"
+            )
+        if config.strategy.min_train_nodes < 3:
+            wrong.append(
+                f"{asked} needs 'strategy.min-train-nodes' of at least 3, that one may leave; got "
+                f"{config.strategy.min_train_nodes}"
+            )
+    flat = flatten(config)
+    return wrong + [
+        f"{asked} needs '{key}' = {value!r}: {why}; got {flat[key]!r}"
+        for key, (value, why) in needs.items()
+        if flat[key] != value
+    ]
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:

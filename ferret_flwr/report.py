@@ -85,6 +85,8 @@ def line(row: Row, fedavg_nbytes: int) -> str:
             parts.append(f"{text} {row[key]:.2f} s")
     if "ferret/fidelity" in row:
         parts.append(f"cos {row['ferret/fidelity']:.3f}")
+    if "privacy/epsilon" in row:
+        parts.append(f"ε {row['privacy/epsilon']:.3g} at δ {row['privacy/delta']:g}")
     if row.get("failures"):
         parts.append(f"{len(row['failures'])} nodes left out")
     return " | ".join(parts)

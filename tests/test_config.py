@@ -21,11 +21,32 @@ OTHER_CHOICE = {
     "dataset.partitioner": "natural",
     "dataset.too-long": "truncate",
     "train.schedule": "cosine",
+    "strategy.name": "fedmedian",
+    "privacy.mechanism": "central-fixed",
     "ferret.family": "truncated-normal",
     "ferret.bases": "per-client",
     "ferret.allocation": "uniform",
     "ferret.rate-schedule": "linear",
 }
+# What a key is refused without.
+NEEDS = {f"ferret.{name.replace('_', '-')}": {"ferret.blocks": 8} for name in CONTIGUOUS_ONLY} | {
+    "strategy.trim": {"strategy.name": "trimmed-mean"},
+    "strategy.malicious-nodes": {
+        "strategy.name": "krum",
+        "strategy.min-train-nodes": 5,
+        "strategy.min-available-nodes": 5,
+    },
+    "strategy.keep-nodes": {
+        "strategy.name": "multi-krum",
+        "strategy.min-train-nodes": 5,
+        "strategy.min-available-nodes": 5,
+    },
+}
+NEEDS |= {
+    f"privacy.{name}": {"privacy.mechanism": "central-adaptive"}
+    for name in ("noise-multiplier", "clipping-norm", "delta", "clipped-share", "clipping-rate")
+}
+NEEDS["privacy.count-stddev"] = {"privacy.mechanism": "central-adaptive"}
 
 
 def _other(key, value):
@@ -66,11 +87,12 @@ def test_nothing_given_is_all_defaults():
 
 
 def test_parse_and_flatten_are_inverse_for_every_key():
-    changed = {key: _other(key, value) for key, value in defaults().items()}
-    assert all(changed[key] != value for key, value in defaults().items())
-    config = parse(changed)
-    assert flatten(config) == changed
-    assert {key: _at(config, key) for key in changed} == changed
+    for key, value in defaults().items():
+        changed = defaults() | NEEDS.get(key, {}) | {key: _other(key, value)}
+        assert changed[key] != value
+        config = parse(changed)
+        assert flatten(config) == changed
+        assert {key: _at(config, key) for key in changed} == changed
 
 
 def test_a_config_is_a_constant():

@@ -12,6 +12,7 @@ from flwr.client import NumPyClient
 from flwr.common import NDArrays, Scalar
 
 from ferret_flwr import memory
+from ferret_flwr.config import ConfigError
 from ferret_flwr.flower import wire
 from ferret_flwr.flower.cache import LedgerCache
 from ferret_flwr.flower.late import failure
@@ -103,6 +104,11 @@ class FerretClient(NumPyClient):
         follower = Follower(Layout.of(parameters), lambda: [array.copy() for array in base])
         own = context.node_config
         check_keys(own)
+        if asked := sorted(key for key in own if key.startswith("privacy.")):
+            raise ConfigError(
+                f"its node-config sets {asked}, but this app's client adds no noise: give its "
+                "ClientApp mods=[on_coefficients(LocalDpMod(...))]"
+            )
         cache = LedgerCache.of(
             context,
             str(own.get("ferret.cache-dir", "")),

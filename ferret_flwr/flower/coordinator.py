@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import median_low
 from typing import Any
@@ -48,6 +48,9 @@ class Coordinator:
         Length of the whole run, which the decaying server rates need.
     ledger_path
         Where the ledger is written after each round.
+    check_clipped
+        Raises `ValueError` for coefficients that the node should have clipped. Where they are
+        clipped, what one node sends must not refuse another, and lengths are not compared.
 
     Attributes
     ----------
@@ -69,7 +72,13 @@ class Coordinator:
     """
 
     def __init__(
-        self, config: FerretConfig, *, seed: int, num_rounds: int, ledger_path: Path | None
+        self,
+        config: FerretConfig,
+        *,
+        seed: int,
+        num_rounds: int,
+        ledger_path: Path | None,
+        check_clipped: Callable[[np.ndarray], None] | None = None,
     ) -> None:
         """Know no model yet."""
         if config.rate_schedule != "constant" and num_rounds < 1:
@@ -80,6 +89,7 @@ class Coordinator:
         self.seed = seed
         self.num_rounds = num_rounds
         self.ledger_path = ledger_path
+        self.check_clipped = check_clipped
         self.ledger: Ledger | None = None
         self.replica: Replica | None = None
         self.base: wire.Base | None = None
@@ -125,6 +135,11 @@ class Coordinator:
             raise LedgerError("the ledger has no header yet: the base model must be known first")
         return self.ledger
 
+    @property
+    def round(self) -> int:
+        """Return the number of the round under way."""
+        return self._planned().round
+
     def next_round(self) -> RoundPlan:
         """Plan the coming round."""
         exact = self.base.layout.exact_size if self.base else 0
@@ -163,12 +178,16 @@ class Coordinator:
     def forget(self, node: str, about: Mapping[str, Any]) -> str:
         """Send the whole ledger next time to a node that lacks something; return its name."""
         name = name_of(node, about)
-        self._reached[node] = 0
+        self.lost(node)
         if about.get("baseless"):
             log.info("%s has no base model yet and gets it", name)
         else:
             log.warning("%s has lost its ledger cache and gets the whole ledger", name)
         return name
+
+    def lost(self, node: str) -> None:
+        """Send the whole ledger next time to a node that could not say what it has."""
+        self._reached[node] = 0
 
     def silent(self, name: str) -> None:
         """Note a node that did not answer when it was asked again."""
@@ -178,7 +197,7 @@ class Coordinator:
         """Name the node, and send it the whole ledger next time."""
         name, reason = name_of(node, about), told(reason)
         self.refused[name] = reason
-        self._reached[node] = 0
+        self.lost(node)
         log.warning("%s is left out: %s", name, reason)
 
     def reached(self, node: str, about: Mapping[str, Any]) -> None:
@@ -194,6 +213,8 @@ class Coordinator:
         for reply in sorted(replies, key=Reply.order):
             try:
                 check_reply(reply, plan, self.config.bases, rate)
+                if self.check_clipped is not None:
+                    self.check_clipped(reply.arrays[0])
                 usable.append(reply)
             except Exception as error:  # a stranger may send anything
                 self.refuse(reply.node, reply.about, str(error))
@@ -202,7 +223,8 @@ class Coordinator:
                 log.warning(
                     "%d nodes have 'partition-id' = %s: give each its own", count, partition
                 )
-        usable = self._not_huge(usable)
+        if self.check_clipped is None:
+            usable = self._not_huge(usable)
         expected = ledger.fingerprint or _vote(usable)
         if expected and not ledger.fingerprint:
             self.ledger = ledger.with_fingerprint(expected)

@@ -13,12 +13,26 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.common import Parameters
 from flwr.common.serde import recorddict_to_proto
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
+    FedAvgM,
+    FedXgbBagging,
+    FedXgbCyclic,
+    QFedAvg,
+    Result,
+    Strategy,
+)
+from flwr.serverapp.strategy.fedopt import FedOpt
 
 from ferret_flwr.base import Base
 from ferret_flwr.config import ConfigError, FerretConfig
 from ferret_flwr.flower import wire
 from ferret_flwr.flower.coordinator import Coordinator
+from ferret_flwr.flower.inner import OF_OTHER_MODELS, OF_WEIGHTS
 from ferret_flwr.flower.mod import ABOUT
 from ferret_flwr.flower.nodes import told
 from ferret_flwr.flower.replies import Reply
@@ -29,6 +43,22 @@ from ferret_flwr.replica import Replica
 log = logging.getLogger(__name__)
 
 COEFFICIENTS = "coefficients"  # what the inner strategy's one array is called
+
+OF_PRIVACY = (
+    "weighs by examples, which its noise does not account for. For differential privacy use the "
+    "strategies of flwr.server.strategy, see docs/privacy.md"
+)
+REFUSED: dict[type[Strategy], str] = {
+    FedOpt: OF_WEIGHTS,  # FedAdam, FedAdagrad, FedYogi
+    FedAvgM: OF_WEIGHTS,
+    QFedAvg: OF_WEIGHTS,
+    FedXgbBagging: OF_OTHER_MODELS,
+    FedXgbCyclic: OF_OTHER_MODELS,
+    DifferentialPrivacyServerSideFixedClipping: OF_PRIVACY,
+    DifferentialPrivacyServerSideAdaptiveClipping: OF_PRIVACY,
+    DifferentialPrivacyClientSideFixedClipping: OF_PRIVACY,
+    DifferentialPrivacyClientSideAdaptiveClipping: OF_PRIVACY,
+}
 
 
 class MessageFerret(Strategy):
@@ -54,6 +84,11 @@ class MessageFerret(Strategy):
         Send arrays of at most one dimension as they are, see `ferret_flwr.base`.
     tie_equal
         Tune matrices that are equal at the start as one.
+
+    Raises
+    ------
+    ConfigError
+        If ``strategy`` cannot aggregate coefficients, saying why and what to use instead.
     """
 
     def __init__(
@@ -71,6 +106,7 @@ class MessageFerret(Strategy):
         """Know no arrays yet."""
         self.strategy = strategy
         self.config = config or FerretConfig()
+        _check_inner(strategy)
         if self.config.bases == "per-client" and type(strategy) is not FedAvg:
             raise ConfigError(
                 f"'ferret.bases' = 'per-client' needs FedAvg inside, got {strategy!r}: numbers on "
@@ -115,7 +151,12 @@ class MessageFerret(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Plan the round and send each sampled node what it misses."""
-        self._begin(arrays)
+        held = self._begin(arrays)
+        if server_round > 1 and any(held[name].data != arrays[name].data for name in held):
+            raise ConfigError(
+                "a strategy around Ferret has changed the model, which would reach no node: "
+                "Ferret must be the outermost, Ferret(strategy=...)"
+            )
         self._grid = grid
         plan = self.coordinator.next_round()
         zeros = np.zeros(plan.num_coefficients, dtype=np.float32)
@@ -253,6 +294,16 @@ class MessageFerret(Strategy):
         for node in names.keys() - {reply.node for reply in again}:
             self.coordinator.silent(names[node])
         return [reply for reply in replies if reply not in stale] + again
+
+
+def _check_inner(strategy: Strategy) -> None:
+    """Raise `ConfigError` if ``strategy``, or what it wraps, cannot aggregate coefficients."""
+    link: Any = strategy
+    while isinstance(link, Strategy):
+        for kind, reason in REFUSED.items():
+            if isinstance(link, kind):
+                raise ConfigError(f"{type(link).__name__} cannot stand inside Ferret: it {reason}")
+        link = getattr(link, "strategy", None)
 
 
 def _record(array: np.ndarray) -> ArrayRecord:

@@ -41,9 +41,9 @@ from ferret_flwr.flower.wire import message_nbytes
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+TRAINED = ("train/loss", "ferret/fidelity")
 AVERAGED = (
-    "train/loss",
-    "ferret/fidelity",
+    *TRAINED,
     "time/local_s",
     "time/project_s",
 )
@@ -173,6 +173,8 @@ class Recorded(Strategy):
         refused = getattr(self.strategy, "refused", {})
         used = [r for r in results if node_name(r[0], r[1].metrics) not in refused]
         self.row |= _averages(used) | _node_peaks(used)
+        if getattr(self.strategy, "wrapper", None):  # for differential privacy: these have no noise
+            self.row = {key: value for key, value in self.row.items() if key not in TRAINED}
         self.row["nodes"] = len(used)
         self.row["failures"] = self._left_out(failures)
         return aggregate
@@ -220,6 +222,12 @@ class Recorded(Strategy):
         self.row["failures"] = list(dict.fromkeys(left_out))
         self._finish()
         return loss, metrics
+
+    def weigh(self, cid: str, down: int, up: int) -> None:
+        """Count bytes of a node whose messages pass through no proxy."""
+        traffic = self._traffic.setdefault(cid, [0, 0])
+        traffic[0] += down
+        traffic[1] += up
 
     def _left_out(self, failures: Sequence[Any]) -> list[str]:
         """Return which nodes did not count, and why."""

@@ -9,13 +9,16 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from flwr.common import EvaluateRes, Parameters, parameters_to_ndarrays
+from flwr.common import EvaluateRes, FitRes, Parameters, parameters_to_ndarrays
+from flwr.server.client_proxy import ClientProxy
 
 from ferret_flwr.flower import wire
 from ferret_flwr.flower.nodes import UNKNOWN
 from ferret_flwr.ledger import Entry, Ledger
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 from ferret_flwr.rounds import publish
+
+FitResult = tuple[ClientProxy, FitRes]  # as Flower's legacy strategies have it
 
 
 @dataclass(frozen=True, eq=False)

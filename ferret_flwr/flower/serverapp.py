@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.common import Metrics, Scalar
-from flwr.server import ServerAppComponents, ServerConfig
+from flwr.server import Server, ServerAppComponents, ServerConfig
 from flwr.server.strategy import FedAvg
 
-from ferret_flwr import report
+from ferret_flwr import accounting, report
 from ferret_flwr.config import Config, ConfigError, flatten, parse
 from ferret_flwr.files import remove_scratch
+from ferret_flwr.flower.inner import build_inner
 from ferret_flwr.flower.nodes import SeededClientManager
+from ferret_flwr.flower.private import price
 from ferret_flwr.flower.recording import Recorded, RecordingServer, Row
 from ferret_flwr.flower.strategy import Ferret
 from ferret_flwr.ledger import Ledger
@@ -63,8 +66,11 @@ class Run:
         needed = other or config.evaluate.every
         self.worker = _worker(config, other.adapter if other else "") if needed else None
         self.method: Method | None = None  # unless it is Ferret
+        if config.privacy.mechanism != "none":
+            accounting.check_library()
         self.folder = _new_folder(Path(config.results_dir).expanduser())
         self.strategy = self._comparison(other) if other else self._ferret(ledger)
+        self.spent = self._spent_before()  # of privacy, by the rounds of the ledger
         report.write_config(self.folder, config)
         self.tracking = Tracking(trackers, self.folder, flatten(config))
         for row in self.rows:
@@ -74,10 +80,16 @@ class Run:
     def components(self) -> ServerAppComponents:
         """Return what Flower runs."""
         recorded = Recorded(self.strategy, self._on_row, first_round=self.done)
+        manager = SeededClientManager(self.config.seed)
+        if self.config.privacy.secure_aggregation:
+            from ferret_flwr.flower.secure import SecureServer
+
+            threshold = self.config.privacy.secure_threshold
+            server: Server = SecureServer(manager, recorded, self._on_end, self.tracking, threshold)
+        else:
+            server = RecordingServer(manager, recorded, self._on_end, self.tracking)
         return ServerAppComponents(
-            server=RecordingServer(
-                SeededClientManager(self.config.seed), recorded, self._on_end, self.tracking
-            ),
+            server=server,
             config=ServerConfig(
                 num_rounds=self.config.num_server_rounds - self.done,
                 round_timeout=self.config.strategy.round_timeout or None,
@@ -91,7 +103,7 @@ class Run:
 
             replica = live_replica(self.worker)
         return Ferret(
-            FedAvg(**_sampling(self.config)),
+            build_inner(self.config.strategy, self.config.privacy, _sampling(self.config)),
             self.config.ferret,
             seed=self.config.seed,
             num_rounds=self.config.num_server_rounds,
@@ -100,6 +112,7 @@ class Run:
             ledger=ledger,
             ledger_path=self.folder / "ledger.safetensors",
             round_timeout=self.config.strategy.round_timeout or None,
+            secure=self.config.privacy.secure_aggregation,
         )
 
     def _comparison(self, kind: type[Method]) -> FedAvg:
@@ -153,7 +166,8 @@ class Run:
 
     def _on_row(self, row: Row) -> None:
         if not self.rows or row["round"] > self.rows[-1]["round"]:  # else a resumed run's first
-            self.rows.append(row)
+            self.rows.append(row | self._told(row["round"]))
+            row = self.rows[-1]
             self.tracking.log(row)
         log.info(report.line(row, self._fedavg_nbytes()))
         try:
@@ -161,8 +175,54 @@ class Run:
         except OSError as error:
             log.error("cannot write the results: %s", error)
 
+    def _price(self) -> float:
+        """Return what a round costs of privacy, see `accounting`."""
+        privacy = self.config.privacy
+        if privacy.mechanism == "local":  # two vectors of length C are at most 2C apart
+            return 4 / privacy.noise_multiplier**2
+        wrapper = getattr(self.strategy, "wrapper", None)
+        return price(wrapper) if wrapper else math.inf
+
+    def _spent_before(self) -> float:
+        """Return what the rounds of the resumed ledger have spent, or raise `ConfigError`."""
+        if self.config.privacy.mechanism == "none" or not self.done:
+            return 0.0
+        last = self.rows[-1] if self.rows else {}
+        if "privacy/spent" not in last:
+            raise ConfigError(
+                f"'privacy.mechanism' = '{self.config.privacy.mechanism}' cannot continue "
+                f"'{self.config.ferret.resume}': no results.json beside it says what its rounds "
+                "have told about the nodes"
+            )
+        unsaid = self.done - last["round"]  # of a server that was killed before it said so
+        return last["privacy/spent"] + unsaid * self._price()
+
+    def _told(self, round: int) -> Row:
+        """Return what has been told about a node up to ``round``, as (ε, δ)."""
+        privacy = self.config.privacy
+        if privacy.mechanism == "none":
+            return {}
+        if privacy.mechanism == "local":
+            spent = self.spent + (round - self.done) * self._price()
+        else:
+            assert isinstance(self.strategy, Ferret)
+            spent = self.spent + self.strategy.spent
+        return {
+            "privacy/spent": spent,
+            "privacy/epsilon": accounting.epsilon(spent, privacy.delta),
+            "privacy/epsilon_round": accounting.epsilon(self._price(), privacy.delta),
+            "privacy/delta": privacy.delta,
+        }
+
     def _on_end(self) -> None:
         """Leave the model and the plot."""
+        if "privacy/epsilon" in self.rows[-1]:
+            log.info(
+                "this run is (%.4g, %g)-differentially private (%s), see docs/privacy.md",
+                self.rows[-1]["privacy/epsilon"],
+                self.rows[-1]["privacy/delta"],
+                self.config.privacy.mechanism,
+            )
         if isinstance(self.strategy, Ferret) and not self.strategy.ledger:
             raise RuntimeError("no round was published: see the messages of the nodes above")
         if self.method is not None:

@@ -17,7 +17,7 @@ from ferret_flwr.config import Config, ConfigError, flatten, parse
 OWN_KEYS = ("partition-id", "num-partitions")
 
 # Run-config keys that a node may set for itself: what lies on its disk, what its devices hold, and
-# that it sends coefficients and no weights, and how many.
+# that it sends coefficients and no weights, how many, and with what noise.
 NODE_KEYS = (
     "method",
     "model.name",
@@ -35,6 +35,11 @@ NODE_KEYS = (
     "dataset.max-examples",
     "train.batch-size",
     "train.gradient-accumulation",
+    "privacy.mechanism",
+    "privacy.noise-multiplier",
+    "privacy.clipping-norm",
+    "privacy.delta",
+    "privacy.secure-aggregation",
     "ferret.coefficients",
     "ferret.cache-dir",
     "ferret.snapshots",

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,17 @@ from flwr.serverapp.strategy import Strategy as MessageStrategy
 
 from ferret_flwr.base import Base
 from ferret_flwr.config import ConfigError, FerretConfig
-from ferret_flwr.flower import wire
+from ferret_flwr.flower import inner, wire
 from ferret_flwr.flower.coordinator import Coordinator
 from ferret_flwr.flower.nodes import MOST_AT_ONCE, failure_text, told
-from ferret_flwr.flower.replies import Reply, check_evaluation
+from ferret_flwr.flower.private import (
+    check_clipped,
+    check_outermost,
+    price,
+    untouchable,
+    wrapper_of,
+)
+from ferret_flwr.flower.replies import FitResult, Reply, check_evaluation
 from ferret_flwr.ledger import Header, Ledger, LedgerError
 from ferret_flwr.replica import Replica
 
@@ -42,7 +50,6 @@ log = logging.getLogger(__name__)
 
 Metrics = dict[str, Scalar]
 Evaluate = Callable[[int, Replica], tuple[float, Metrics] | None]
-FitResult = tuple[ClientProxy, FitRes]
 
 WAIT_SECONDS = 86_400  # for the first node, as Flower itself waits
 HEADER_SECONDS = 600.0  # to load a base model and fingerprint it
@@ -85,6 +92,14 @@ class Ferret(Strategy):
         are for nodes that run `ferret_mod`.
     tie_equal
         Tune matrices that are equal at the start as one.
+    secure
+        Each reply holds the mean of all of them, as under secure aggregation: all can be used or
+        none.
+
+    Raises
+    ------
+    ConfigError
+        If ``strategy`` cannot aggregate coefficients, saying why and what to use instead.
     """
 
     def __new__(cls, strategy: Any, *args: Any, **kwargs: Any) -> Any:
@@ -109,24 +124,35 @@ class Ferret(Strategy):
         round_timeout: float | None = None,
         exact_vectors: bool = True,
         tie_equal: bool = True,
+        secure: bool = False,
     ) -> None:
         """Bring the replica to the end of the ledger, if both are given."""
         self.strategy = strategy
         self.config = config or FerretConfig()
+        inner.check_inner(strategy, self.config)
+        self.wrapper = wrapper_of(list(inner.chain(strategy)))  # for differential privacy
+        self.spent = 0.0  # of privacy, by this run: Σ 1 / z², see `accounting`
         if self.config.bases == "per-client" and type(strategy) is not FedAvg:
             raise ConfigError(
                 f"'ferret.bases' = 'per-client' needs FedAvg inside, got {strategy!r}: numbers on "
                 "different bases cannot be aggregated otherwise"
             )
         self.coordinator = Coordinator(
-            self.config, seed=seed, num_rounds=num_rounds, ledger_path=ledger_path
+            self.config,
+            seed=seed,
+            num_rounds=num_rounds,
+            ledger_path=ledger_path,
+            check_clipped=partial(check_clipped, self.wrapper) if self.wrapper else None,
         )
         self.coordinator.begin(ledger, replica)
         self.evaluate_replica = evaluate
         self.round_timeout = round_timeout
         self.exact_vectors = exact_vectors
         self.tie_equal = tie_equal
+        self.secure = secure
         self._configs: dict[str, dict[str, Scalar]] = {}  # what the inner strategy sends each node
+        self._requests: list[FitIns] = []  # of this round
+        self._handed = untouchable()  # what Flower calls the model
 
     def __repr__(self) -> str:
         """Name the inner strategy."""
@@ -156,13 +182,19 @@ class Ferret(Strategy):
         """Learn what the run starts from: initial parameters, the replica, or what nodes say."""
         initial = self.strategy.initialize_parameters(client_manager)
         if self.replica is None and initial is None and self.ledger is None:
-            least = getattr(self.strategy, "min_available_clients", 1)
+            *_, innermost = inner.chain(self.strategy)
+            least = getattr(innermost, "min_available_clients", 1)
             header = _ask_for_header(client_manager, least)
             if header is not None:
                 self.coordinator.begin(Ledger(header))
             else:
                 initial = _ask_for_parameters(client_manager)
         if self.replica is None and initial is not None:
+            if self.secure:
+                raise ConfigError(
+                    "secure aggregation needs nodes that have the base model: take the initial "
+                    "parameters from the strategy, and use FerretClient"
+                )
             arrays = tuple(parameters_to_ndarrays(initial))
             names = tuple(str(i) for i in range(len(arrays)))
             base = Base(names, arrays, self.exact_vectors, self.tie_equal)
@@ -174,6 +206,7 @@ class Ferret(Strategy):
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Plan the round and send each sampled node what it misses."""
+        self._check_handed(parameters)
         plan = self.coordinator.next_round()
         zeros = np.zeros(plan.num_coefficients, dtype=np.float32)
         chosen = self.strategy.configure_fit(
@@ -182,7 +215,9 @@ class Ferret(Strategy):
             client_manager=client_manager,
         )
         self._configs = {client.cid: instruction.config for client, instruction in chosen}
-        return [(client, self._train_request(client)) for client, _ in chosen]
+        requests = [(client, self._train_request(client)) for client, _ in chosen]
+        self._requests = [request for _, request in requests]
+        return requests
 
     def aggregate_fit(
         self,
@@ -191,28 +226,37 @@ class Ferret(Strategy):
         failures: list[FitResult | BaseException],
     ) -> tuple[Parameters | None, Metrics]:
         """Check the replies, let the inner strategy average them, publish the round."""
+        if self.wrapper is None:
+            check_outermost(self._requests)
         coordinator = self.coordinator
         coordinator.start_replies()
         for failure in failures:
             log.warning("%s", failure_text(failure))
         for node in self._configs.keys() - {client.cid for client, _ in results}:
-            log.warning("node %s did not take part in round %d", node, len(coordinator.known()) + 1)
+            if self.secure:  # it could not say whether its ledger was stale
+                coordinator.lost(node)
+            log.warning("node %s did not take part in round %d", node, coordinator.round)
         replies = [self._reply_of(client, answer) for client, answer in results]
-        accepted = coordinator.accept(self._ask_again(replies, server_round))
+        if not self.secure:
+            replies = self._ask_again(replies, server_round)
+        accepted = coordinator.accept(replies)
+        if self.secure and len(accepted) < len(replies):
+            log.error("round %d: who is left out is in the mean; not published", coordinator.round)
+            return None, {}
         if not accepted:
             return None, {}
-        aggregate, metrics = self.strategy.aggregate_fit(
-            server_round=server_round,
-            results=[reply.source for reply in accepted],
-            failures=failures,
-        )
-        made = None if aggregate is None else parameters_to_ndarrays(aggregate)[0]
+        try:
+            made, metrics = self._aggregate(server_round, accepted, failures)
+        except ValueError as error:  # such as Bulyan's, of too few replies
+            log.error("round %d is not published: %r: %s", coordinator.round, self.strategy, error)
+            return None, {}
         if not coordinator.publish(made, accepted):
             return None, metrics
         return self._parameters(), metrics
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, Metrics] | None:
         """Evaluate the server's replica, or let the inner strategy evaluate its arrays."""
+        self._check_handed(parameters)
         if self.coordinator.base is not None:
             return self.strategy.evaluate(server_round=server_round, parameters=parameters)
         if self.replica is None or self.evaluate_replica is None:
@@ -260,8 +304,38 @@ class Ferret(Strategy):
         """Return what Flower calls the model: the app's arrays if they are known."""
         base, replica = self.coordinator.base, self.replica
         if base is None or replica is None:
-            return ndarrays_to_parameters([np.zeros(1, dtype=np.float32)])
-        return ndarrays_to_parameters(base.at(replica.arrays))
+            self._handed = untouchable()
+        else:
+            self._handed = ndarrays_to_parameters(base.at(replica.arrays))
+        return self._handed
+
+    def _check_handed(self, parameters: Parameters) -> None:
+        """Raise `ConfigError` if a strategy around this one has changed the model."""
+        if self.coordinator.base is not None and parameters.tensors != self._handed.tensors:
+            raise ConfigError(
+                "a strategy around Ferret has changed the model, which would reach no node: "
+                "Ferret must be the outermost, Ferret(strategy=...)"
+            )
+
+    def _aggregate(
+        self,
+        server_round: int,
+        accepted: list[Reply],
+        failures: list[FitResult | BaseException],
+    ) -> tuple[np.ndarray | None, Metrics]:
+        plan = self.coordinator.plan
+        assert plan is not None, "configure_fit comes first"
+        made, metrics = inner.aggregate(
+            self.strategy,
+            plan,
+            server_round,
+            [reply.source for reply in accepted],
+            failures,
+            len(self._configs),
+        )
+        if self.wrapper is not None:
+            self.spent += price(self.wrapper)
+        return made, metrics
 
     def _train_request(self, client: ClientProxy, base: bool = False) -> FitIns:
         request = self.coordinator.request(client.cid, self.coordinator.plan, base)

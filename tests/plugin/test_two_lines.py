@@ -1,9 +1,13 @@
 """Two lines make Ferret of an ordinary FedAvg project, whatever arrays it has."""
 
+import flwr.server.strategy
+import flwr.serverapp.strategy
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord
+from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 
-from ferret_flwr.config import FerretConfig
+from ferret_flwr.config import ConfigError, FerretConfig
 from ferret_flwr.flower import Ferret
 from ferret_flwr.ledger import Ledger
 
@@ -229,3 +233,39 @@ def test_equal_matrices_that_part_are_named(api, tmp_path):
     arrays, _ = run(free, Nodes(app(part), tmp_path / "b"), 1)
     assert not free.refused
     assert (arrays[0] != arrays[-1]).any()
+
+
+KEEPS_WEIGHTS = {
+    "legacy": ["FedAdam", "FedYogi", "FedAdagrad", "FedAvgM", "QFedAvg"],
+    "message": ["FedAdam", "FedYogi", "FedAdagrad", "FedAvgM", "QFedAvg", "FedXgbBagging"],
+}
+
+
+@pytest.mark.parametrize("kind", KEEPS_WEIGHTS)
+def test_strategies_of_weights_are_refused_by_name(kind):
+    module = {"legacy": flwr.server.strategy, "message": flwr.serverapp.strategy}[kind]
+    for name in KEEPS_WEIGHTS[kind]:
+        strategy = getattr(module, name)
+        with pytest.raises(ConfigError, match=f"{name} cannot stand inside Ferret: it "):
+            Ferret(strategy.__new__(strategy))
+
+
+def test_what_is_changed_around_ferret_is_refused(api, tmp_path):
+    """It would reach no node: a wrapper for differential privacy would give none."""
+    app, strategy, run = api
+    ferret = Ferret(strategy(), FerretConfig(coefficients=64))
+    legacy = strategy.__name__ == "legacy_fedavg"
+    method = "aggregate_fit" if legacy else "aggregate_train"
+    whole = getattr(ferret, method)
+
+    def noisy(*arguments, **named):
+        arrays, metrics = whole(*arguments, **named)
+        if legacy:
+            return ndarrays_to_parameters([a + 1 for a in parameters_to_ndarrays(arrays)]), metrics
+        return ArrayRecord(
+            {n: Array(np.asarray(a.numpy() + 1)) for n, a in arrays.items()}
+        ), metrics
+
+    setattr(ferret, method, noisy)
+    with pytest.raises(ConfigError, match="Ferret must be the outermost"):
+        run(ferret, Nodes(app(), tmp_path), 2)
