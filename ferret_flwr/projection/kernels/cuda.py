@@ -1,0 +1,278 @@
+"""The kernels for GPUs: `kernels.cpu` and `kernels.cpu_interleaved` for torch tensors, in Triton.
+
+Imported when tensors ask for it. With TRITON_INTERPRET=1 in the environment before that, Triton
+runs the same kernels on tensors in the processor's memory: for tests, slowly.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+
+from ferret_flwr.projection.families import FAMILIES, GROUP, truncated_normal_scale
+from ferret_flwr.projection.kernels import cuda_kernels as kernels
+from ferret_flwr.projection.kernels.segments import Segments
+from ferret_flwr.projection.plan import RoundPlan
+
+GROUPS, TILES = 64, 2  # of a tile, and of a program that reconstructs
+BUCKETS = 1024  # elements that a program of an interleaved projection takes at once
+MOST_BASES = 16  # of a contiguous block, that a program takes
+MOST_PARTS = 2048  # of the work of an interleaved projection, each with K sums of its own
+SUMS = 2**25  # of all parts together, 128 MiB; more only if K alone is
+ROWS_PER_PART = 64  # at least, as each part writes its sums once
+VECTOR = 16  # elements: tensors of a multiple of it are read 16 bytes at a time
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+EXACT = {"enable_fp_fusion": False, "num_warps": 4}  # a product and a sum are rounded apart
+
+Tensors = Sequence[torch.Tensor]
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launch on ``device``, which need not be the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _send(array: Any, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+@lru_cache(maxsize=8)
+def _rows(segments: Segments, device: torch.device) -> torch.Tensor:
+    """Return what a kernel knows of each segment, without sums: int64, ``(S, 6)``."""
+    zero = np.zeros_like(segments.start)
+    fields = segments.start, segments.length, segments.tensor, segments.within, segments.block, zero
+    return _send(np.stack(fields, axis=1), device)
+
+
+def _addresses(tensors: Tensors) -> torch.Tensor:
+    return _send(np.array([tensor.data_ptr() for tensor in tensors]), tensors[0].device)
+
+
+def _alignment(tensors: Tensors, segments: Segments) -> np.ndarray:
+    """Return for each tensor whether all its tiles begin and end at whole vectors: bool, ``(T,)``.
+
+    A tile begins at a group of the index space, wherever that is in the tensor.
+    """
+    origin = segments.start - segments.within
+    cut = (segments.start % VECTOR != 0) | (segments.length % VECTOR != 0) | (origin % VECTOR != 0)
+    crooked = np.array([tensor.data_ptr() % VECTOR != 0 for tensor in tensors])
+    crooked[segments.tensor[cut]] = True
+    return ~crooked
+
+
+def _alike(kinds: Sequence[Any], segments: Segments) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yield each kind of tensor and the numbers of its segments, in order."""
+    for kind in dict.fromkeys(kinds):
+        tensors = np.array([other == kind for other in kinds])
+        which = np.flatnonzero(tensors[segments.tensor])
+        if which.size:
+            yield kind, which
+
+
+def _keys(plans: Sequence[RoundPlan], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the seed and the scale of each plan, on the device: no kernel is compiled for them."""
+    scales = [truncated_normal_scale(plan.blocks.block_size) for plan in plans]
+    seeds = np.array([plan.seed for plan in plans], dtype=np.int64)
+    return _send(seeds, device), _send(np.array(scales), device)
+
+
+def _signs(plan: RoundPlan) -> bool:
+    return FAMILIES[plan.family].code == FAMILIES["rademacher"].code
+
+
+def _power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def subtract(
+    arrays: Tensors, coefficients: np.ndarray, segments: Segments, plan: RoundPlan
+) -> None:
+    """Subtract Δ̂ from float32 ``arrays`` in place, as `cpu.subtract` does."""
+    replay(arrays, [(plan, coefficients)], segments, arrays)
+
+
+def replay(
+    source: Tensors,
+    rounds: Sequence[tuple[RoundPlan, np.ndarray]],
+    segments: Segments,
+    target: Tensors,
+) -> None:
+    """Write float32(``source``) − Δ̂_1 − Δ̂_2 − ... to ``target``, rounded once, at the end.
+
+    Each element is read and written once, however many rounds there are.
+
+    Parameters
+    ----------
+    source, target
+        Contiguous tensors of float32, bfloat16 or float16; they may be the same.
+    rounds
+        Plans that differ in nothing but seed and number of bases, and their published c: float32.
+    segments
+        Where the tensors and the plans' blocks cut the index space.
+    """
+    if not rounds or not segments.start.size:
+        for old, new in zip(source, target, strict=True):
+            new.copy_(old)
+        return
+    device, plan = source[0].device, rounds[0][0]
+    plans = [plan for plan, _ in rounds]
+    begins = np.cumsum([0] + [plan.num_coefficients for plan in plans])[:-1]
+    if plan.interleaved:
+        offsets = begins
+    else:
+        offsets = np.stack([b + p.offsets for b, p in zip(begins, plans, strict=True)])
+    published = np.concatenate([c for _, c in rounds]).astype(np.float32, copy=False)
+    shared = (
+        *_keys(plans, device),
+        _send(offsets.astype(np.int64), device),
+        _send(published, device),
+        len(plans),
+        plan.blocks.count,
+    )
+    rows, ends = _rows(segments, device), (_addresses(source), _addresses(target))
+    pieces = -(-(int(segments.length.max()) + GROUP) // (GROUPS * GROUP * TILES))
+    whole = _alignment(source, segments) & _alignment(target, segments)
+    kinds = list(zip((t.dtype for t in source), (t.dtype for t in target), whole, strict=True))
+    with _on(device):
+        for (old, new, aligned), which in _alike(kinds, segments):
+            kernels.subtract[(which.size, pieces)](
+                *ends,
+                rows,
+                _send(which, device),
+                *shared,
+                SOURCE=DTYPES[old],
+                TARGET=DTYPES[new],
+                ALIGNED=bool(aligned),
+                INTERLEAVED=plan.interleaved,
+                NARROW=plan.blocks.count < GROUP,
+                SIGNS=_signs(plan),
+                GROUPS=GROUPS,
+                TILES=TILES,
+                **EXACT,
+            )
+
+
+def project(
+    before: Tensors, after: Tensors | None, segments: Segments, plan: RoundPlan
+) -> np.ndarray:
+    """Return γ of ``before − after``, or of ``before``, as `cpu.project` does: float64, ``(K,)``.
+
+    Parameters
+    ----------
+    before, after
+        Contiguous tensors of equal dtype: float32, bfloat16 or float16.
+    segments, plan
+        As in `cpu.project`.
+    """
+    run = _project_interleaved if plan.interleaved else _project_contiguous
+    with _on(before[0].device):
+        return run(before, before if after is None else after, segments, plan, after is None)
+
+
+def _project_contiguous(
+    before: Tensors, after: Tensors, segments: Segments, plan: RoundPlan, update: bool
+) -> np.ndarray:
+    device, counts = before[0].device, plan.counts
+    chunk = min(MOST_BASES, _power_of_2(int(counts.max())))
+    own = counts[segments.block]
+    position = np.concatenate([[0], np.cumsum(own)])
+    rows = _rows(segments, device).clone()
+    rows[:, 5] = _send(position[:-1], device)
+    sums = torch.empty(int(position[-1]), dtype=torch.float64, device=device)
+    ends, keys = (_addresses(before), _addresses(after)), _keys([plan], device)
+    on_device = _send(counts, device)
+    whole = _alignment(before, segments) & _alignment(after, segments)
+    for (dtype, aligned), which in _alike(
+        list(zip((t.dtype for t in before), whole, strict=True)), segments
+    ):
+        chunks = -(-own[which] // chunk)
+        first = np.arange(chunks.sum()) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+        kernels.project_contiguous[(first.size,)](
+            *ends,
+            rows,
+            _send(np.repeat(which, chunks), device),
+            _send((first * chunk).astype(np.int32), device),
+            on_device,
+            *keys,
+            sums,
+            DTYPE=DTYPES[dtype],
+            ALIGNED=bool(aligned),
+            UPDATE=update,
+            SIGNS=_signs(plan),
+            GROUPS=GROUPS,
+            CHUNK=chunk,
+            **EXACT,
+        )
+    bounds = np.searchsorted(segments.block, np.arange(plan.blocks.count + 1))
+    coefficients = torch.empty(plan.num_coefficients, dtype=torch.float64, device=device)
+    width = min(128, _power_of_2(int(counts.max())))
+    kernels.add_up[(plan.blocks.count, -(-int(counts.max()) // width))](
+        sums,
+        rows,
+        _send(bounds, device),
+        on_device,
+        _send(plan.offsets, device),
+        coefficients,
+        CHUNK=width,
+        num_warps=4,
+    )
+    return coefficients.cpu().numpy()
+
+
+def _project_interleaved(
+    before: Tensors, after: Tensors, segments: Segments, plan: RoundPlan, update: bool
+) -> np.ndarray:
+    device, bases = before[0].device, plan.num_coefficients
+    width = min(BUCKETS, _power_of_2(bases))
+    ends, keys, rows = (
+        (_addresses(before), _addresses(after)),
+        _keys([plan], device),
+        _rows(segments, device),
+    )
+    total = torch.zeros(bases, dtype=torch.float64, device=device)
+    for dtype, which in _alike([t.dtype for t in before], segments):
+        length = segments.length[which]
+        parts = min(MOST_PARTS, SUMS // bases, int(length.sum()) // (max(bases, BUCKETS) * ROWS_PER_PART))
+        inner = np.searchsorted(np.cumsum(length), length.sum() * np.arange(1, parts) / parts)
+        bounds = np.concatenate([[0], inner, [which.size]]).astype(np.int64)
+        sums = torch.empty((len(bounds) - 1, bases), dtype=torch.float32, device=device)
+        kernels.project_interleaved[(len(bounds) - 1, -(-bases // width))](
+            *ends,
+            rows,
+            _send(which, device),
+            _send(bounds, device),
+            *keys,
+            bases,
+            sums,
+            DTYPE=DTYPES[dtype],
+            UPDATE=update,
+            SIGNS=_signs(plan),
+            ROWS=BUCKETS // width,
+            CELLS=max(1, width // 32),
+            LANES=min(32, width),
+            enable_fp_fusion=False,
+            num_warps=1,
+        )
+        total += sums.sum(dim=0, dtype=torch.float64)
+    return total.cpu().numpy()
+
+
+def fingerprint(arrays: Tensors, segments: Segments) -> int:
+    """Return `reference.fingerprint` of contiguous float32 tensors."""
+    device = arrays[0].device
+    rows, addresses = _rows(segments, device), _addresses(arrays)
+    sums = torch.empty(segments.start.size, dtype=torch.int64, device=device)
+    whole = bool(_alignment(arrays, segments).all())
+    with _on(device):
+        kernels.fingerprint[(segments.start.size,)](
+            addresses, rows, sums, ALIGNED=whole, GROUPS=8, num_warps=4
+        )
+    return int(sums.sum()) % 2**64
