@@ -6,7 +6,6 @@ runs the same kernels on tensors in the processor's memory: for tests, slowly.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -15,14 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
 from ferret_flwr.projection.families import FAMILIES, GROUP, truncated_normal_scale
 from ferret_flwr.projection.kernels import cuda_kernels as kernels
 from ferret_flwr.projection.kernels.segments import Segments
+from ferret_flwr.projection.layout import LayoutError
 from ferret_flwr.projection.plan import RoundPlan
 
-GROUPS, TILES = 64, 2  # of a tile, and of a program that reconstructs
-BUCKETS = 1024  # elements that a program of an interleaved projection takes at once
+GROUPS = {
+    True: 32,
+    False: 8,
+}  # of a tile, of signs and of normals, which take 32 times the counters
+NARROW = 512  # blocks: with fewer, a tile has so many rows that it is cheaper by the element
+BUCKETS, ROWS = 1024, 32  # elements and rows, at most, of a step of an interleaved projection
 MOST_BASES = 16  # of a contiguous block, that a program takes
 MOST_PARTS = 2048  # of the work of an interleaved projection, each with K sums of its own
 SUMS = 2**25  # of all parts together, 128 MiB; more only if K alone is
@@ -30,14 +35,24 @@ ROWS_PER_PART = 64  # at least, as each part writes its sums once
 VECTOR = 16  # elements: tensors of a multiple of it are read 16 bytes at a time
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-EXACT = {"enable_fp_fusion": False, "num_warps": 4}  # a product and a sum are rounded apart
+EXACT = {"enable_fp_fusion": False}  # a product and a sum are rounded apart, as on processors
 
 Tensors = Sequence[torch.Tensor]
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Launch on ``device``, which need not be the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Launch on ``device``, which need not be the current one.
+
+    Raises
+    ------
+    LayoutError
+        If it is no GPU, and the kernels are not interpreted.
+    """
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    if isinstance(kernels.subtract, JITFunction):
+        raise LayoutError(f"torch tensors must be on a GPU, or NumPy arrays, got them on {device}")
+    return nullcontext()
 
 
 def _send(array: Any, device: torch.device) -> torch.Tensor:
@@ -45,10 +60,15 @@ def _send(array: Any, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=8)
-def _rows(segments: Segments, device: torch.device) -> torch.Tensor:
-    """Return what a kernel knows of each segment, without sums: int64, ``(S, 6)``."""
-    zero = np.zeros_like(segments.start)
-    fields = segments.start, segments.length, segments.tensor, segments.within, segments.block, zero
+def _rows(segments: Segments, device: torch.device, num_blocks: int = 0) -> torch.Tensor:
+    """Return what a kernel knows of each segment, see `cuda_kernels`: int64, ``(S, 6)``.
+
+    With ``num_blocks`` interleaved ones; without, the positions of sums are left to be set.
+    """
+    where = segments.block, np.zeros_like(segments.block)
+    if num_blocks:
+        where = np.divmod(segments.start // GROUP * GROUP, num_blocks)
+    fields = segments.start, segments.length, segments.tensor, segments.within, *where
     return _send(np.stack(fields, axis=1), device)
 
 
@@ -114,13 +134,11 @@ def replay(
     source, target
         Contiguous tensors of float32, bfloat16 or float16; they may be the same.
     rounds
-        Plans that differ in nothing but seed and number of bases, and their published c: float32.
+        At least one plan, all alike but for seed and number of bases, with its c: float32.
     segments
         Where the tensors and the plans' blocks cut the index space.
     """
-    if not rounds or not segments.start.size:
-        for old, new in zip(source, target, strict=True):
-            new.copy_(old)
+    if not segments.start.size:
         return
     device, plan = source[0].device, rounds[0][0]
     plans = [plan for plan, _ in rounds]
@@ -137,13 +155,15 @@ def replay(
         len(plans),
         plan.blocks.count,
     )
-    rows, ends = _rows(segments, device), (_addresses(source), _addresses(target))
-    pieces = -(-(int(segments.length.max()) + GROUP) // (GROUPS * GROUP * TILES))
+    rows = _rows(segments, device, plan.blocks.count if plan.interleaved else 0)
+    ends = _addresses(source), _addresses(target)
+    groups = GROUPS[_signs(plan)]
+    tiles = -(-(int(segments.length.max()) + GROUP - 1) // (groups * GROUP))
     whole = _alignment(source, segments) & _alignment(target, segments)
     kinds = list(zip((t.dtype for t in source), (t.dtype for t in target), whole, strict=True))
     with _on(device):
         for (old, new, aligned), which in _alike(kinds, segments):
-            kernels.subtract[(which.size, pieces)](
+            kernels.subtract[(which.size, tiles)](
                 *ends,
                 rows,
                 _send(which, device),
@@ -152,10 +172,11 @@ def replay(
                 TARGET=DTYPES[new],
                 ALIGNED=bool(aligned),
                 INTERLEAVED=plan.interleaved,
-                NARROW=plan.blocks.count < GROUP,
+                NARROW=plan.blocks.count < NARROW,
                 SIGNS=_signs(plan),
-                GROUPS=GROUPS,
-                TILES=TILES,
+                GROUPS=groups,
+                num_warps=4,
+                maxnreg=128,  # four programs to a multiprocessor, which hide each other's waiting
                 **EXACT,
             )
 
@@ -207,8 +228,9 @@ def _project_contiguous(
             ALIGNED=bool(aligned),
             UPDATE=update,
             SIGNS=_signs(plan),
-            GROUPS=GROUPS,
+            GROUPS=GROUPS[_signs(plan)],
             CHUNK=chunk,
+            num_warps=4,
             **EXACT,
         )
     bounds = np.searchsorted(segments.block, np.arange(plan.blocks.count + 1))
@@ -222,7 +244,6 @@ def _project_contiguous(
         _send(plan.offsets, device),
         coefficients,
         CHUNK=width,
-        num_warps=4,
     )
     return coefficients.cpu().numpy()
 
@@ -232,15 +253,14 @@ def _project_interleaved(
 ) -> np.ndarray:
     device, bases = before[0].device, plan.num_coefficients
     width = min(BUCKETS, _power_of_2(bases))
-    ends, keys, rows = (
-        (_addresses(before), _addresses(after)),
-        _keys([plan], device),
-        _rows(segments, device),
-    )
+    ends, keys = (_addresses(before), _addresses(after)), _keys([plan], device)
+    rows = _rows(segments, device, bases)
     total = torch.zeros(bases, dtype=torch.float64, device=device)
     for dtype, which in _alike([t.dtype for t in before], segments):
         length = segments.length[which]
-        parts = min(MOST_PARTS, SUMS // bases, int(length.sum()) // (max(bases, BUCKETS) * ROWS_PER_PART))
+        parts = min(
+            MOST_PARTS, SUMS // bases, int(length.sum()) // (max(bases, BUCKETS) * ROWS_PER_PART)
+        )
         inner = np.searchsorted(np.cumsum(length), length.sum() * np.arange(1, parts) / parts)
         bounds = np.concatenate([[0], inner, [which.size]]).astype(np.int64)
         sums = torch.empty((len(bounds) - 1, bases), dtype=torch.float32, device=device)
@@ -255,11 +275,11 @@ def _project_interleaved(
             DTYPE=DTYPES[dtype],
             UPDATE=update,
             SIGNS=_signs(plan),
-            ROWS=BUCKETS // width,
+            ROWS=min(ROWS, BUCKETS // width),
             CELLS=max(1, width // 32),
             LANES=min(32, width),
-            enable_fp_fusion=False,
             num_warps=1,
+            **EXACT,
         )
         total += sums.sum(dim=0, dtype=torch.float64)
     return total.cpu().numpy()
@@ -272,7 +292,5 @@ def fingerprint(arrays: Tensors, segments: Segments) -> int:
     sums = torch.empty(segments.start.size, dtype=torch.int64, device=device)
     whole = bool(_alignment(arrays, segments).all())
     with _on(device):
-        kernels.fingerprint[(segments.start.size,)](
-            addresses, rows, sums, ALIGNED=whole, GROUPS=8, num_warps=4
-        )
+        kernels.fingerprint[(segments.start.size,)](addresses, rows, sums, ALIGNED=whole, GROUPS=8)
     return int(sums.sum()) % 2**64

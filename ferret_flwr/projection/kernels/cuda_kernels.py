@@ -5,9 +5,10 @@ of its Philox counter, one of that word's bits. So the generator runs once for a
 is found by its place. Nothing is added by atomics, and no float is contracted (launches say
 ``enable_fp_fusion=False``), so each element has the reference's bits.
 
-A segment is a row of six int64: start, length, tensor, offset in the tensor, block, and the
-position of its sums. All memory addresses come as int64 in device memory, so one launch serves
-all tensors.
+A segment is a row of six int64: start, length, tensor, offset in the tensor, and where its first
+group is: of contiguous blocks the block and the position of its sums, of interleaved ones the row
+and the column. All memory addresses come as int64 in device memory, so one launch serves all
+tensors.
 """
 
 # Triton compiles these functions from their source: annotations are its own.
@@ -55,11 +56,12 @@ def _elements(GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _inside(element, first, last, ALIGNED: tl.constexpr):
-    """Return which elements are in ``first..last-1``; `_VECTOR` at a time if ``ALIGNED``."""
-    if ALIGNED:
+def _part(start, length, begin, ALIGNED: tl.constexpr):
+    """Return where a segment starts and stops, counted from element ``begin``: int32."""
+    first, last = (start - begin).to(tl.int32), (start + length - begin).to(tl.int32)
+    if ALIGNED:  # then memory is accessed in vectors, even behind a mask
         first, last = tl.multiple_of(first, _VECTOR), tl.multiple_of(last, _VECTOR)
-    return (element >= first) & (element < last)
+    return first, last
 
 
 @triton.jit
@@ -123,28 +125,23 @@ def _rotation(seed, row, num_blocks):
 def _blocks(seed, row, column, num_blocks, NARROW: tl.constexpr, GROUPS: tl.constexpr):
     """Return the interleaved block of each element of a tile: int32.
 
-    ``row`` and ``column`` are those of the tile's first element; ``column`` may exceed the row.
-    Of a difference of uint32 that would be negative, the minimum takes the other.
+    Element 0 is ``column`` behind the first of ``row``; that may be in a later row. The minimum
+    of x and x − n in uint32 is x mod n for x < 2 n.
     """
-    if NARROW:  # more than two rows to a group: each element for itself
-        place = column + _elements(GROUPS).to(tl.uint32)
+    element = _elements(GROUPS)
+    if NARROW:  # many rows to a tile: each element for itself
+        place = column + element.to(tl.uint32)
         quotient = place // num_blocks
         block = place - quotient * num_blocks
         block += _rotation(seed, row + quotient.to(tl.int64), num_blocks)
     else:
-        place = column + (tl.arange(0, GROUPS) * 128).to(tl.uint32)
-        quotient = place // num_blocks
-        place -= quotient * num_blocks
-        row += quotient.to(tl.int64)
-        left = num_blocks - place  # in the row of the group's first element
-        here = place + _rotation(seed, row, num_blocks)
-        here = tl.minimum(here, here - num_blocks)
-        there = _rotation(seed, row + 1, num_blocks) - left
-        within = _elements(1).to(tl.uint32)
-        block = tl.where(
-            within < left[:, None, None], here[:, None, None], there[:, None, None]
-        )
-        block += within
+        first, last = column // num_blocks, (column + (GROUPS * 128 - 1)) // num_blocks
+        shift = column - first * num_blocks + _rotation(seed, row + first.to(tl.int64), num_blocks)
+        block = element.to(tl.uint32) + shift
+        for r in range(first.to(tl.int32) + 1, last.to(tl.int32) + 1):
+            begin = (r * num_blocks.to(tl.int64) - column.to(tl.int64)).to(tl.int32)
+            here = (element - begin).to(tl.uint32) + _rotation(seed, row + r, num_blocks)
+            block = tl.where(element >= begin, here, block)
     return tl.minimum(block, block - num_blocks).to(tl.int32)
 
 
@@ -167,44 +164,40 @@ def subtract(
     NARROW: tl.constexpr,
     SIGNS: tl.constexpr,
     GROUPS: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     """Write ``source`` less the reconstructions of all rounds, one after the other, to ``target``.
 
-    Program ``(i, j)`` has the j-th ``TILES`` tiles of segment ``which[i]``. ``offsets`` has a row
+    Program ``(i, j)`` has tile j of segment ``which[i]``. ``offsets`` has a row
     per round: where the coefficients of each block begin, or of interleaved ones all.
     """
-    start, length, tensor, within, block, _ = _segment(segments, tl.load(which + tl.program_id(0)))
-    begin = start // _GROUP * _GROUP + tl.program_id(1).to(tl.int64) * (TILES * GROUPS * _GROUP)
-    within -= start - begin
-    first, last = (start - begin).to(tl.int32), (start + length - begin).to(tl.int32)
-    read = _pointer(source, tensor, within, SOURCE, ALIGNED)
-    write = _pointer(target, tensor, within, TARGET, ALIGNED)
-    count = num_blocks.to(tl.uint32)
-    row = begin // num_blocks
-    column = (begin - row * num_blocks).to(tl.uint32)
-    element = _elements(GROUPS)
-    for tile in range(TILES):
-        done = tile * (GROUPS * _GROUP)
-        if done < last:
-            group = begin // _GROUP + tile * GROUPS
-            inside = _inside(element, first - done, last - done, ALIGNED)
-            m = tl.load(read + done + element, mask=inside, other=0.0).to(tl.float32)
-            for r in range(rounds):
-                seed, scale = tl.load(seeds + r), tl.load(scales + r)
-                if INTERLEAVED:
-                    blocks = _blocks(seed, row, column + done, count, NARROW, GROUPS)
-                    c = tl.load(coefficients + tl.load(offsets + r) + blocks)
-                    update = _times_basis(c, seed, 0, group, scale, SIGNS, GROUPS)
-                else:
-                    own = offsets + r * (num_blocks.to(tl.int64) + 1) + block
-                    position, stop = tl.load(own), tl.load(own + 1)
-                    update = tl.full((GROUPS, 4, 32), -0.0, tl.float32)  # leaves all it meets
-                    for k in range((stop - position).to(tl.int32)):
-                        c = tl.load(coefficients + position + k)
-                        update += _times_basis(c, seed, k, group, scale, SIGNS, GROUPS)
-                m -= update
-            tl.store(write + done + element, m.to(TARGET), mask=inside)
+    start, length, tensor, within, block, column = _segment(
+        segments, tl.load(which + tl.program_id(0))
+    )
+    row, done = block, tl.program_id(1) * (GROUPS * _GROUP)  # `block` is a row if interleaved
+    group = start // _GROUP + tl.program_id(1) * GROUPS
+    first, last = _part(start, length, group * _GROUP, ALIGNED)
+    if last > 0:
+        element = _elements(GROUPS)
+        inside = (element >= first) & (element < last)
+        read = _pointer(source, tensor, within - first, SOURCE, ALIGNED)
+        write = _pointer(target, tensor, within - first, TARGET, ALIGNED)
+        m = tl.load(read + element, mask=inside, other=0.0).to(tl.float32)
+        for r in range(rounds):
+            seed, scale = tl.load(seeds + r), tl.load(scales + r)
+            if INTERLEAVED:
+                place, count = column.to(tl.uint32) + done, num_blocks.to(tl.uint32)
+                blocks = _blocks(seed, row, place, count, NARROW, GROUPS)
+                c = tl.load(coefficients + tl.load(offsets + r) + blocks)
+                update = _times_basis(c, seed, 0, group, scale, SIGNS, GROUPS)
+            else:
+                own = offsets + r * (num_blocks.to(tl.int64) + 1) + block
+                position, stop = tl.load(own), tl.load(own + 1)
+                update = tl.full((GROUPS, 4, 32), -0.0, tl.float32)  # leaves all it meets
+                for k in range((stop - position).to(tl.int32)):
+                    c = tl.load(coefficients + position + k)
+                    update += _times_basis(c, seed, k, group, scale, SIGNS, GROUPS)
+            m -= update
+        tl.store(write + element, m.to(TARGET), mask=inside)
 
 
 @triton.jit
@@ -240,7 +233,7 @@ def project_contiguous(
     basis = tl.load(bases + program)
     begin = start // _GROUP * _GROUP
     within -= start - begin
-    first, last = (start - begin).to(tl.int32), (start + length - begin).to(tl.int32)
+    first, last = _part(start, length, begin, ALIGNED)
     old = _pointer(before, tensor, within, DTYPE, ALIGNED)
     new = _pointer(after, tensor, within, DTYPE, ALIGNED)
     seed, scale = tl.load(seeds), tl.load(scales)
@@ -249,7 +242,7 @@ def project_contiguous(
     total = tl.zeros((CHUNK,), tl.float64)
     for done in range(0, last, GROUPS * _GROUP):
         group = begin // _GROUP + done // _GROUP
-        inside = _inside(element, first - done, last - done, ALIGNED)
+        inside = (element >= first - done) & (element < last - done)
         delta = _difference(old + done, new + done, element, inside, UPDATE)
         for k in range(number):
             terms = _times_basis(delta, seed, basis + k, group, scale, SIGNS, GROUPS)
@@ -271,25 +264,18 @@ def add_up(sums, segments, bounds, counts, offsets, coefficients, CHUNK: tl.cons
 
 
 @triton.jit
-def _signs_from(seed, index, SHAPE: tl.constexpr):
-    """Return the sign bits of the elements from ``index`` on, wherever in a word that is: uint32.
+def _signs_from(seed, index, ROWS: tl.constexpr, CELLS: tl.constexpr):
+    """Return the sign bits of ``CELLS × 32`` elements from each ``index`` on: ``(ROWS, CELLS)``.
 
-    The two words that hold them come from counters of their own, so that nothing passes between
-    threads.
+    An index may be anywhere in a word, so each 32 bits come from two words.
     """
-    low = tl.zeros(SHAPE, tl.uint32)
-    high = low
-    for side in tl.static_range(2):
-        word = (index >> 5) + side
-        w0, w1, w2, w3 = _philox(seed, word >> 2, 0, 0)
-        which = (word & 3).to(tl.int32)
-        bits = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
-        if side == 0:
-            low = bits
-        else:
-            high = bits
-    both = low.to(tl.uint64) | high.to(tl.uint64) << 32
-    return (both >> (index & 31).to(tl.uint64)).to(tl.uint32)
+    SPAN: tl.constexpr = 16 if CELLS == 32 else 2 * CELLS  # groups; a power of 2 that holds them
+    counter = (index >> 7)[:, None] + tl.arange(0, SPAN)[None, :]
+    w0, w1, w2, w3 = _philox(seed, counter, 0, 0)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, 4 * SPAN))
+    low = (index >> 5 & 3).to(tl.int32)[:, None] + tl.arange(0, CELLS)[None, :]
+    bits = tl.gather(words, low + 1, 1).to(tl.uint64) << 32 | tl.gather(words, low, 1)
+    return (bits >> (index & 31).to(tl.uint64)[:, None]).to(tl.uint32)
 
 
 @triton.jit
@@ -333,12 +319,13 @@ def project_interleaved(
     place = cell[:, :, None] + lane  # (1, CELLS, LANES)
     total = tl.zeros((ROWS, CELLS, LANES), tl.float32)
     for i in range(tl.load(bounds + part), tl.load(bounds + part + 1)):
-        start, length, tensor, within, _, _ = _segment(segments, tl.load(which + i))
+        start, length, tensor, within, row_0, column = _segment(segments, tl.load(which + i))
         stop = start + length
         old = _pointer(before, tensor, within - start, DTYPE, False)
         new = _pointer(after, tensor, within - start, DTYPE, False)
-        for row_0 in range(start // num_blocks, (stop - 1) // num_blocks + 1, ROWS):
-            row = row_0 + tl.arange(0, ROWS).to(tl.int64)
+        behind = column + start % _GROUP + length - 1  # of row_0's first element is the last one
+        for skipped in range(0, (behind // num_blocks).to(tl.int32) + 1, ROWS):
+            row = row_0 + (skipped + tl.arange(0, ROWS))
             rotation = _rotation(seed, row, num_blocks.to(tl.uint32)).to(tl.int64)
             for run in range(2):  # blocks from the rotation on, then those below it
                 origin = (row + run) * num_blocks - rotation  # index of block 0 of this run
@@ -347,14 +334,12 @@ def project_interleaved(
                 high = tl.minimum(high, stop - origin) - first_block
                 low, high = tl.maximum(low, 0), tl.minimum(high, CELLS * LANES)
                 if tl.max(high - low, 0) > 0:
-                    low, high = low.to(tl.int32)[:, None, None], high.to(tl.int32)[:, None, None]
-                    inside = (place >= low) & (place < high)
+                    inside = place >= low.to(tl.int32)[:, None, None]
+                    inside &= place < high.to(tl.int32)[:, None, None]
                     index = origin + first_block
-                    x = _difference(
-                        old, new, index[:, None, None] + place, inside, UPDATE
-                    )
+                    x = _difference(old, new, index[:, None, None] + place, inside, UPDATE)
                     if SIGNS:
-                        words = _signs_from(seed, index[:, None] + cell, (ROWS, CELLS))
+                        words = _signs_from(seed, index, ROWS, CELLS)
                         total += _flip(x, words[:, :, None], lane.to(tl.uint32))
                     else:
                         total += x * _normals_from(seed, index[:, None, None] + place, scale)
@@ -369,10 +354,11 @@ def fingerprint(addresses, segments, sums, ALIGNED: tl.constexpr, GROUPS: tl.con
     s = tl.program_id(0)
     start, length, tensor, within, _, _ = _segment(segments, s)
     bits = _pointer(addresses, tensor, within, tl.uint32, ALIGNED)
+    _, last = _part(start, length, start, ALIGNED)
     element = tl.arange(0, GROUPS * _GROUP)
     total = tl.zeros((GROUPS * _GROUP,), tl.uint64)
-    for done in range(0, length, GROUPS * _GROUP):
-        inside = _inside(element, 0, length - done, ALIGNED)
+    for done in range(0, last, GROUPS * _GROUP):
+        inside = element < last - done
         index = (start + done + 1 + element).to(tl.uint64)
         z = tl.load(bits + done + element, mask=inside, other=0).to(tl.uint64) + index * _MIX_INDEX
         z = (z ^ (z >> 32)) * _MIX_BITS
