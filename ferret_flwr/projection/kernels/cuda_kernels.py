@@ -145,6 +145,19 @@ def _blocks(seed, row, column, num_blocks, NARROW: tl.constexpr, GROUPS: tl.cons
     return tl.minimum(block, block - num_blocks).to(tl.int32)
 
 
+@triton.jit
+def _rounded(m, DTYPE: tl.constexpr):
+    """Return float32 ``m`` in ``DTYPE``, to nearest, ties to even.
+
+    So does a GPU's own conversion, but the interpreter's to bfloat16 truncates.
+    """
+    if DTYPE.is_bf16():
+        bits = m.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+        m = tl.where(m == m, bits.to(tl.float32, bitcast=True), m)
+    return m.to(DTYPE)
+
+
 @triton.jit(do_not_specialize=["rounds", "num_blocks"])
 def subtract(
     source,
@@ -197,7 +210,7 @@ def subtract(
                     c = tl.load(coefficients + position + k)
                     update += _times_basis(c, seed, k, group, scale, SIGNS, GROUPS)
             m -= update
-        tl.store(write + element, m.to(TARGET), mask=inside)
+        tl.store(write + element, _rounded(m, TARGET), mask=inside)
 
 
 @triton.jit
