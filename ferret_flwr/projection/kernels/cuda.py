@@ -6,7 +6,7 @@ runs the same kernels on tensors in the processor's memory: for tests, slowly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -72,29 +72,43 @@ def _rows(segments: Segments, device: torch.device, num_blocks: int = 0) -> torc
     return _send(np.stack(fields, axis=1), device)
 
 
-def _addresses(tensors: Tensors) -> torch.Tensor:
-    return _send(np.array([tensor.data_ptr() for tensor in tensors]), tensors[0].device)
+Held = tuple[tuple[int, torch.dtype], ...]  # address and dtype of each tensor
 
 
-def _alignment(tensors: Tensors, segments: Segments) -> np.ndarray:
-    """Return for each tensor whether all its tiles begin and end at whole vectors: bool, ``(T,)``.
+def _held(tensors: Tensors) -> Held:
+    return tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors)
+
+
+@lru_cache(maxsize=16)
+def _addresses(tensors: Held, device: torch.device) -> torch.Tensor:
+    return _send(np.array([address for address, _ in tensors]), device)
+
+
+@lru_cache(maxsize=16)
+def _alignment(tensors: Held, segments: Segments) -> tuple[bool, ...]:
+    """Return for each tensor whether all its tiles begin and end at whole vectors.
 
     A tile begins at a group of the index space, wherever that is in the tensor.
     """
     origin = segments.start - segments.within
     cut = (segments.start % VECTOR != 0) | (segments.length % VECTOR != 0) | (origin % VECTOR != 0)
-    crooked = np.array([tensor.data_ptr() % VECTOR != 0 for tensor in tensors])
+    crooked = np.array([address % VECTOR != 0 for address, _ in tensors])
     crooked[segments.tensor[cut]] = True
-    return ~crooked
+    return tuple((~crooked).tolist())
 
 
-def _alike(kinds: Sequence[Any], segments: Segments) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yield each kind of tensor and the numbers of its segments, in order."""
+@lru_cache(maxsize=16)
+def _alike(
+    kinds: tuple[Any, ...], segments: Segments, device: torch.device
+) -> list[tuple[Any, np.ndarray, torch.Tensor]]:
+    """Return each kind of tensor with the numbers of its segments, here and on the device."""
+    groups = []
     for kind in dict.fromkeys(kinds):
         tensors = np.array([other == kind for other in kinds])
         which = np.flatnonzero(tensors[segments.tensor])
         if which.size:
-            yield kind, which
+            groups.append((kind, which, _send(which, device)))
+    return groups
 
 
 def _keys(plans: Sequence[RoundPlan], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,21 +170,22 @@ def replay(
         plan.blocks.count,
     )
     rows = _rows(segments, device, plan.blocks.count if plan.interleaved else 0)
-    ends = _addresses(source), _addresses(target)
+    old, new = _held(source), _held(target)
+    ends = _addresses(old, device), _addresses(new, device)
     groups = GROUPS[_signs(plan)]
     tiles = -(-(int(segments.length.max()) + GROUP - 1) // (groups * GROUP))
-    whole = _alignment(source, segments) & _alignment(target, segments)
-    kinds = list(zip((t.dtype for t in source), (t.dtype for t in target), whole, strict=True))
+    whole = map(all, zip(_alignment(old, segments), _alignment(new, segments), strict=True))
+    kinds = tuple(zip((t.dtype for t in source), (t.dtype for t in target), whole, strict=True))
     with _on(device):
-        for (old, new, aligned), which in _alike(kinds, segments):
+        for (read, written, aligned), which, numbers in _alike(kinds, segments, device):
             kernels.subtract[(which.size, tiles)](
                 *ends,
                 rows,
-                _send(which, device),
+                numbers,
                 *shared,
-                SOURCE=DTYPES[old],
-                TARGET=DTYPES[new],
-                ALIGNED=bool(aligned),
+                SOURCE=DTYPES[read],
+                TARGET=DTYPES[written],
+                ALIGNED=aligned,
                 INTERLEAVED=plan.interleaved,
                 NARROW=plan.blocks.count < NARROW,
                 SIGNS=_signs(plan),
@@ -208,12 +223,12 @@ def _project_contiguous(
     rows = _rows(segments, device).clone()
     rows[:, 5] = _send(position[:-1], device)
     sums = torch.empty(int(position[-1]), dtype=torch.float64, device=device)
-    ends, keys = (_addresses(before), _addresses(after)), _keys([plan], device)
+    old, new = _held(before), _held(after)
+    ends, keys = (_addresses(old, device), _addresses(new, device)), _keys([plan], device)
     on_device = _send(counts, device)
-    whole = _alignment(before, segments) & _alignment(after, segments)
-    for (dtype, aligned), which in _alike(
-        list(zip((t.dtype for t in before), whole, strict=True)), segments
-    ):
+    whole = map(all, zip(_alignment(old, segments), _alignment(new, segments), strict=True))
+    kinds = tuple(zip((t.dtype for t in before), whole, strict=True))
+    for (dtype, aligned), which, _ in _alike(kinds, segments, device):
         chunks = -(-own[which] // chunk)
         first = np.arange(chunks.sum()) - np.repeat(np.cumsum(chunks) - chunks, chunks)
         kernels.project_contiguous[(first.size,)](
@@ -225,7 +240,7 @@ def _project_contiguous(
             *keys,
             sums,
             DTYPE=DTYPES[dtype],
-            ALIGNED=bool(aligned),
+            ALIGNED=aligned,
             UPDATE=update,
             SIGNS=_signs(plan),
             GROUPS=GROUPS[_signs(plan)],
@@ -253,21 +268,20 @@ def _project_interleaved(
 ) -> np.ndarray:
     device, bases = before[0].device, plan.num_coefficients
     width = min(BUCKETS, _power_of_2(bases))
-    ends, keys = (_addresses(before), _addresses(after)), _keys([plan], device)
-    rows = _rows(segments, device, bases)
+    ends = _addresses(_held(before), device), _addresses(_held(after), device)
+    keys, rows = _keys([plan], device), _rows(segments, device, bases)
     total = torch.zeros(bases, dtype=torch.float64, device=device)
-    for dtype, which in _alike([t.dtype for t in before], segments):
+    for dtype, which, numbers in _alike(tuple(t.dtype for t in before), segments, device):
         length = segments.length[which]
-        parts = min(
-            MOST_PARTS, SUMS // bases, int(length.sum()) // (max(bases, BUCKETS) * ROWS_PER_PART)
-        )
+        rows_of_all = int(length.sum()) // max(bases, BUCKETS)
+        parts = max(1, min(MOST_PARTS, SUMS // bases, rows_of_all // ROWS_PER_PART))
         inner = np.searchsorted(np.cumsum(length), length.sum() * np.arange(1, parts) / parts)
         bounds = np.concatenate([[0], inner, [which.size]]).astype(np.int64)
         sums = torch.empty((len(bounds) - 1, bases), dtype=torch.float32, device=device)
         kernels.project_interleaved[(len(bounds) - 1, -(-bases // width))](
             *ends,
             rows,
-            _send(which, device),
+            numbers,
             _send(bounds, device),
             *keys,
             bases,
@@ -288,9 +302,10 @@ def _project_interleaved(
 def fingerprint(arrays: Tensors, segments: Segments) -> int:
     """Return `reference.fingerprint` of contiguous float32 tensors."""
     device = arrays[0].device
-    rows, addresses = _rows(segments, device), _addresses(arrays)
+    held = _held(arrays)
+    rows, addresses = _rows(segments, device), _addresses(held, device)
     sums = torch.empty(segments.start.size, dtype=torch.int64, device=device)
-    whole = bool(_alignment(arrays, segments).all())
+    whole = all(_alignment(held, segments))
     with _on(device):
         kernels.fingerprint[(segments.start.size,)](addresses, rows, sums, ALIGNED=whole, GROUPS=8)
     return int(sums.sum()) % 2**64
