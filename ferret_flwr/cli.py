@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -130,21 +130,29 @@ def _info(options: argparse.Namespace) -> None:
     for name, version in environment().items():
         print(f"{name:<14} {version}")
     print(f"{'processors':<14} {os.cpu_count()}, {numba.get_num_threads()} numba threads")
-    print(f"{'CUDA device':<14} {_cuda_device()}")
-    error = _kernel_error()
-    print(f"{'kernels':<14} reference: live; cpu (numba): {error or 'live'}")
+    name = _cuda_device()
+    print(f"{'CUDA device':<14} {name or 'none'}")
+    kernels = f"reference: live; cpu (numba): {_kernel_error() or 'live'}"
+    if name and "torch" not in name:
+        kernels += f"; cuda (triton): {_kernel_error('cuda') or 'live'}"
+    print(f"{'kernels':<14} {kernels}")
 
 
 def _cuda_device() -> str:
+    """Return the name of the GPU, "" if there is none."""
     try:
         import torch
     except ImportError:
         return "unknown, torch is not installed"
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
-def _kernel_error() -> str:
-    """Return "" if the fast kernel gives the reference's bits here, else what is wrong."""
+def _kernel_error(device: str = "") -> str:
+    """Return "" if the fast kernel gives the reference's bits here, else what is wrong.
+
+    On ``device`` if that is one of torch's, else that for NumPy arrays.
+    """
+    from ferret_flwr.projection.arrays import to_host
     from ferret_flwr.projection.kernels import reference
 
     layout = Layout(("probe",), ((1000,),))
@@ -152,13 +160,17 @@ def _kernel_error() -> str:
     for blocks, counts in ((dealt, None), (cut, np.full(cut.count, 2))):
         plan = RoundPlan(1, 1, "rademacher", blocks, counts)
         coefficients = np.linspace(-1, 1, plan.num_coefficients, dtype=np.float32)
-        array = np.ones(1000, dtype=np.float32)
+        array: Any = np.ones(1000, dtype=np.float32)
         try:
+            if device:
+                import torch
+
+                array = torch.from_numpy(array).to(device)
             projection.subtract([array], layout, plan, coefficients)
         except Exception as error:  # a compiler can fail in any way
             return f"{type(error).__name__}: {error}"
         expected = 1 - reference.reconstruct(coefficients, plan)
-        if array.tobytes() != expected.tobytes():
+        if to_host(array).tobytes() != expected.tobytes():
             return "differs from the reference"
     return ""
 

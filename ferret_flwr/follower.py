@@ -6,9 +6,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from ferret_flwr.ledger import Ledger
+from ferret_flwr.projection.arrays import Array
 from ferret_flwr.projection.layout import Layout
 from ferret_flwr.replica import Replica, ReplicaError
 from ferret_flwr.snapshot import Snapshots
@@ -28,15 +27,22 @@ class Follower:
     base
         Returns m_0, float32 arrays in layout order that the replica may change. Called when there
         is no other way.
+    place
+        Moves arrays that come from a snapshot to where those of ``base`` are.
     """
 
     def __init__(
-        self, layout: Layout, base: Callable[[], Sequence[np.ndarray]], dtype: str = "float32"
+        self,
+        layout: Layout,
+        base: Callable[[], Sequence[Array]],
+        dtype: str = "float32",
+        place: Callable[[Sequence[Array]], Sequence[Array]] = list,
     ) -> None:
         """Load nothing yet."""
         self.layout = layout
         self.base = base
         self.dtype = dtype
+        self.place = place
         self._live: Replica | None = None
 
     def from_base(self) -> Replica:
@@ -67,7 +73,7 @@ class Follower:
         nearest = live
         if snapshots is not None:
             after = live.round if live else 0
-            found = snapshots.newest(ledger, self.layout, self.dtype, after=after)
+            found = snapshots.newest(ledger, self.layout, self.dtype, after=after, place=self.place)
             nearest = found or live
         try:
             self._live = nearest or self.from_base()

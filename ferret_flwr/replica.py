@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from ferret_flwr.ledger import Entry, Header, Ledger, LedgerError
 from ferret_flwr.projection import projection
+from ferret_flwr.projection.arrays import Array
 from ferret_flwr.projection.layout import Layout
 
 
@@ -24,14 +23,13 @@ class Replica:
     layout
         The names and shapes of the tensors.
     arrays
-        m_0 in layout order: float32, owned and changed in place by the replica.
+        m_0 in layout order: float32, owned and changed in place by the replica. NumPy arrays, or
+        torch tensors on a GPU.
     dtype
         Of the model w_0 behind it.
     """
 
-    def __init__(
-        self, layout: Layout, arrays: Sequence[np.ndarray], dtype: str = "float32"
-    ) -> None:
+    def __init__(self, layout: Layout, arrays: Sequence[Array], dtype: str = "float32") -> None:
         """Take the arrays over and fingerprint them."""
         self.layout = layout
         self.arrays = list(arrays)
@@ -41,7 +39,7 @@ class Replica:
 
     @classmethod
     def at(
-        cls, ledger: Ledger, layout: Layout, arrays: Sequence[np.ndarray], dtype: str = "float32"
+        cls, ledger: Ledger, layout: Layout, arrays: Sequence[Array], dtype: str = "float32"
     ) -> Replica:
         """Return the replica at the end of ``ledger`` from its parameters instead of the base.
 

@@ -7,13 +7,15 @@ read, so deleting or damaging one at any time changes no result.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ferret_flwr.files import atomic_file
 from ferret_flwr.ledger import Ledger
+from ferret_flwr.projection.arrays import Array, to_host
 from ferret_flwr.projection.layout import Layout
 from ferret_flwr.replica import Replica
 
@@ -35,7 +37,15 @@ class Snapshots:
         """Touch nothing yet."""
         self.folder = folder
 
-    def newest(self, ledger: Ledger, layout: Layout, dtype: str, *, after: int) -> Replica | None:
+    def newest(
+        self,
+        ledger: Ledger,
+        layout: Layout,
+        dtype: str,
+        *,
+        after: int,
+        place: Callable[[Sequence[Array]], Sequence[Array]] = list,
+    ) -> Replica | None:
         """Return the replica at the latest round that has a snapshot, None if there is none.
 
         Parameters
@@ -46,6 +56,8 @@ class Snapshots:
             Of the model.
         after
             Rounds up to this one are of no use.
+        place
+            Moves the arrays to where the replica is to live.
         """
         there = {path.stem: path for path in self.folder.glob("*.npy")}
         for round in range(len(ledger), after, -1):
@@ -53,7 +65,7 @@ class Snapshots:
             if path is None:
                 continue
             try:
-                return Replica.at(ledger.until(round), layout, _load(path, layout), dtype)
+                return Replica.at(ledger.until(round), layout, place(_load(path, layout)), dtype)
             except Exception as error:  # of what NumPy makes of a damaged header, too
                 log.warning("the snapshot '%s' is not valid and is removed: %s", path, error)
                 path.unlink(missing_ok=True)
@@ -71,15 +83,15 @@ class Snapshots:
             log.warning("cannot write the snapshot '%s': %s", path, error.strerror)
 
 
-def _save(path: Path, arrays: Sequence[np.ndarray]) -> None:
+def _save(path: Path, arrays: Sequence[Array]) -> None:
     """Write ``arrays`` behind each other as one vector, without a copy of it in memory."""
-    shape = (sum(array.size for array in arrays),)
+    shape = (sum(math.prod(array.shape) for array in arrays),)
     with atomic_file(path, durable=False) as file:
         np.lib.format.write_array_header_1_0(
             file, {"descr": "<f4", "fortran_order": False, "shape": shape}
         )
         for array in arrays:
-            file.write(np.ascontiguousarray(array).data)
+            file.write(np.ascontiguousarray(to_host(array)).data)
 
 
 def _load(path: Path, layout: Layout) -> list[np.ndarray]:

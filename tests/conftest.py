@@ -1,11 +1,15 @@
 """What tests of several folders need."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numba
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before Triton is imported, which torch does not do
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @contextmanager

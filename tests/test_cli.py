@@ -98,7 +98,7 @@ def test_info(capsys):
     for name in ("ferret-flwr", "flwr", "torch", "numpy", "processors", "CUDA device"):
         row(out, name + " ")
     assert row(out, "numpy").split()[1] == np.__version__
-    assert row(out, "kernels").endswith("reference: live; cpu (numba): live")
+    assert "reference: live; cpu (numba): live" in row(out, "kernels")
 
 
 def test_plan(capsys):

@@ -47,6 +47,9 @@ NEEDS |= {
     for name in ("noise-multiplier", "clipping-norm", "delta", "clipped-share", "clipping-rate")
 }
 NEEDS["privacy.count-stddev"] = {"privacy.mechanism": "central-adaptive"}
+THREE = {"strategy.min-train-nodes": 3, "strategy.min-available-nodes": 3}
+NEEDS["privacy.secure-aggregation"] = THREE
+NEEDS["privacy.secure-threshold"] = {"privacy.secure-aggregation": True} | THREE
 
 
 def _other(key, value):

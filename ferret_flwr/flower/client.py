@@ -22,7 +22,13 @@ from ferret_flwr.ledger import Ledger
 from ferret_flwr.methods import ferret
 from ferret_flwr.projection.layout import Layout
 from ferret_flwr.replica import Replica
-from ferret_flwr.training.tensors import load_masters, masters_of, trainable_parameters
+from ferret_flwr.training.tensors import (
+    device_of,
+    load_masters,
+    masters_of,
+    placed,
+    trainable_parameters,
+)
 
 Metrics = dict[str, Scalar]
 Step = Callable[[int, Metrics], tuple[int, Metrics]]  # (round, config) -> (examples, metrics)
@@ -100,8 +106,12 @@ class FerretClient(NumPyClient):
             Naming the node and the key of its node-config that is wrong or missing.
         """
         parameters = trainable_parameters(model)
-        base = masters_of(parameters)
-        follower = Follower(Layout.of(parameters), lambda: [array.copy() for array in base])
+        base, device = masters_of(parameters), device_of(parameters)
+        follower = Follower(
+            Layout.of(parameters),
+            lambda: placed([array.copy() for array in base], device),
+            place=lambda arrays: placed(arrays, device),
+        )
         own = context.node_config
         check_keys(own)
         if asked := sorted(key for key in own if key.startswith("privacy.")):

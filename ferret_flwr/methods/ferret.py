@@ -13,7 +13,7 @@ import torch
 from ferret_flwr.projection.plan import RoundPlan
 from ferret_flwr.projection.projection import fidelity, project
 from ferret_flwr.replica import Replica
-from ferret_flwr.training.tensors import as_arrays, load_masters, rounded_like
+from ferret_flwr.training.tensors import held_like, load_masters, rounded_like
 
 T = TypeVar("T")
 
@@ -71,11 +71,9 @@ def local_round(
     load_masters(parameters, replica.arrays)
     outcome = train()
     trained = time.perf_counter()
-    before = [
-        rounded_like(master, parameter)
-        for master, parameter in zip(replica.arrays, parameters.values(), strict=True)
-    ]
-    after = as_arrays(parameters.values())
+    pairs = list(zip(replica.arrays, parameters.values(), strict=True))
+    before = [rounded_like(master, parameter) for master, parameter in pairs]
+    after = [held_like(parameter, master) for master, parameter in pairs]
     projected = project(before, replica.layout, plan, after)
     project_seconds = time.perf_counter() - trained
     projected_update = Projected(

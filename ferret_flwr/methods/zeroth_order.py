@@ -109,7 +109,8 @@ class Walk:
             load_masters(parameters, self.masters)  # also tells torch that the model changes
             step_along(as_arrays(parameters.values()), layout, seed, -length)
         else:
-            moves = reconstruct(np.array([length]), layout, direction(layout, seed))
+            bases = direction(layout, seed)
+            moves = reconstruct(np.array([length]), layout, bases, self.masters[0])
             pairs = zip(self.masters, moves, strict=True)
             load_masters(parameters, (m + move.reshape(m.shape) for m, move in pairs))
 

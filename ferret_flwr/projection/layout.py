@@ -77,12 +77,12 @@ class Layout:
         text = json.dumps(parts + [self.exact] * bool(self.exact), separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def check(self, arrays: Sequence[np.ndarray]) -> None:
+    def check(self, arrays: Sequence[Any]) -> None:
         """Raise `LayoutError` naming the first array that is missing or has another size."""
         if len(arrays) != len(self.names):
             raise LayoutError(f"expected {len(self.names)} tensors, got {len(arrays)}")
         for name, shape, array in zip(self.names, self.shapes, arrays, strict=True):
-            if array.size != math.prod(shape):
+            if math.prod(array.shape) != math.prod(shape):
                 raise LayoutError(
                     f"tensor '{name}' must have {math.prod(shape)} elements, as shape {shape}, "
                     f"got shape {tuple(array.shape)}"

@@ -1,12 +1,12 @@
 """Project an update onto a round's bases, and take its reconstruction off the parameters.
 
-The parameters are a list of tensors in layout order. Nothing here is ever as large as the model.
+The parameters are a list of tensors in layout order: NumPy arrays, or torch tensors on a GPU, where
+everything stays but K numbers. Nothing here is ever as large as the model.
 The coefficients of exact tensors, behind the K others, are the elements of the update themselves.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
@@ -14,12 +14,26 @@ from types import ModuleType
 
 import numpy as np
 
+from ferret_flwr.projection.arrays import (
+    Array,
+    all_finite,
+    as_float32,
+    cuda_kernels,
+    dense,
+    dtype_name,
+    is_numpy,
+    placed,
+    projectable,
+    put_back,
+    rounded,
+    to_host,
+    zeros,
+)
 from ferret_flwr.projection.kernels import cpu, cpu_interleaved
 from ferret_flwr.projection.kernels.segments import Segments
 from ferret_flwr.projection.layout import Layout, LayoutError
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 
-PROJECTABLE = ("float32", "float16", "uint16")
 WHOLE = 2**62  # a block that no model fills
 
 
@@ -34,32 +48,47 @@ def _segments_for(layout: Layout, plan: RoundPlan) -> Segments:
     return _segments(layout, layout.num_projected, block_size)
 
 
-def _kernel(plan: RoundPlan) -> ModuleType:
+def _kernel(plan: RoundPlan, array: Array) -> ModuleType:
+    if not is_numpy(array):
+        return cuda_kernels()
     return cpu_interleaved if plan.interleaved else cpu
 
 
-def _check(arrays: Sequence[np.ndarray], layout: Layout, dtypes: Sequence[str]) -> None:
+def _check(
+    arrays: Sequence[Array], layout: Layout, dtypes: Sequence[str] = (), first: Array | None = None
+) -> None:
+    """Check sizes, dtypes (any projectable one unless given), and that all lie with ``first``."""
     layout.check(arrays)
+    first = arrays[0] if first is None else first
     for name, array in zip(layout.names, arrays, strict=True):
-        if array.dtype.name not in dtypes or not array.dtype.isnative:
+        if _place(array) != _place(first):
             raise LayoutError(
-                f"tensor '{name}' must have dtype {' or '.join(dtypes)}, got {array.dtype}"
+                f"tensor '{name}' must be a {_place(first)} as the others, got a {_place(array)}"
+            )
+        allowed = dtypes or projectable(array)
+        if dtype_name(array) not in allowed:
+            raise LayoutError(
+                f"tensor '{name}' must have dtype {' or '.join(allowed)}, got {dtype_name(array)}"
             )
 
 
+def _place(array: Array) -> str:
+    return "NumPy array" if is_numpy(array) else f"torch tensor on {array.device}"
+
+
 def project(
-    before: Sequence[np.ndarray],
+    before: Sequence[Array],
     layout: Layout,
     plan: RoundPlan,
-    after: Sequence[np.ndarray] | None = None,
+    after: Sequence[Array] | None = None,
 ) -> np.ndarray:
     """Project Δ = before − after, or Δ = before, onto the round's bases (paper, Eq. 6).
 
     Parameters
     ----------
     before, after
-        Tensors in layout order: float32, float16, or uint16 holding the bits of bfloat16.
-        Non-contiguous ones are copied.
+        Tensors in layout order: float32, float16, or bfloat16, whose bits a NumPy array holds as
+        uint16. Non-contiguous ones are copied.
     layout
         Which tensors they are.
     plan
@@ -73,34 +102,39 @@ def project(
     Raises
     ------
     LayoutError
-        If a tensor has another size or dtype than expected.
+        If a tensor has another size, dtype or device than expected.
     PlanError
         If Δ is not finite; it names the tensor.
+    ImportError
+        If tensors are on a GPU and Triton is not installed.
     """
     _check_plan(layout, plan)
-    _check(before, layout, PROJECTABLE)
-    before = [np.ascontiguousarray(array) for array in before]
+    _check(before, layout)
+    before = dense(before)
     if after is not None:
-        _check(after, layout, PROJECTABLE)
-        after = [np.ascontiguousarray(array) for array in after]
+        _check(after, layout, first=before[0])
+        after = dense(after)
         for name, old, new in zip(layout.names, before, after, strict=True):
             if old.dtype != new.dtype:
-                raise LayoutError(f"tensor '{name}' changed from {old.dtype} to {new.dtype}")
-    coefficients = _kernel(plan).project(before, after, _segments_for(layout, plan), plan)
+                raise LayoutError(
+                    f"tensor '{name}' changed from {dtype_name(old)} to {dtype_name(new)}"
+                )
+    kernel = _kernel(plan, before[0])
+    coefficients = kernel.project(before, after, _segments_for(layout, plan), plan)
     if layout.exact:
         exact = _differences(before, after, range(layout.num_projected, len(layout.names)))
         coefficients = np.concatenate([coefficients, *exact])
     if not np.isfinite(coefficients).all():
         ends = before if after is None else after
         for name, old, new in zip(layout.names, before, ends, strict=True):
-            if not (np.isfinite(as_float32(old)).all() and np.isfinite(as_float32(new)).all()):
+            if not (all_finite(old) and all_finite(new)):
                 raise PlanError(f"the update is not finite in tensor '{name}'")
         raise PlanError("the update is too large to project in float32")
     return coefficients
 
 
 def subtract(
-    arrays: Sequence[np.ndarray],
+    arrays: Sequence[Array],
     layout: Layout,
     plan: RoundPlan,
     coefficients: np.ndarray,
@@ -124,49 +158,115 @@ def subtract(
     Raises
     ------
     LayoutError
-        If a tensor has another size or dtype than expected, or is read-only.
+        If a tensor has another size, dtype or device than expected, or is read-only.
     PlanError
         If the coefficients are not so many numbers finite in float32.
+    ImportError
+        If tensors are on a GPU and Triton is not installed.
     """
     _check_plan(layout, plan)
     _check(arrays, layout, ("float32",))
-    for name, array in zip(layout.names, arrays, strict=True):
-        if not array.flags.writeable:
-            raise LayoutError(f"tensor '{name}' is read-only")
+    _check_writable(arrays, layout)
     published = _published(coefficients, plan)
     segments = _segments_for(layout, plan).without(skip)
-    dense = [np.ascontiguousarray(array) for array in arrays]
-    _kernel(plan).subtract(dense, published[: plan.num_bases], segments, plan)
-    for array, copy in zip(arrays, dense, strict=True):
-        if not np.shares_memory(array, copy):
-            array[...] = copy.reshape(array.shape)
-    for tensor, update in _exact(published, layout, plan):
+    changed = dense(arrays)
+    _kernel(plan, arrays[0]).subtract(changed, published[: plan.num_bases], segments, plan)
+    for tensor, update in _exact(published, layout, plan, arrays[0]):
         if tensor not in skip:
-            arrays[tensor][...] -= update.reshape(arrays[tensor].shape)
+            changed[tensor][...] -= update.reshape(changed[tensor].shape)
+    for array, copy in zip(arrays, changed, strict=True):
+        put_back(array, copy)
 
 
-def reconstruct(coefficients: np.ndarray, layout: Layout, plan: RoundPlan) -> Iterator[np.ndarray]:
+def _check_writable(arrays: Sequence[Array], layout: Layout) -> None:
+    for name, array in zip(layout.names, arrays, strict=True):
+        if is_numpy(array) and not array.flags.writeable:
+            raise LayoutError(f"tensor '{name}' is read-only")
+
+
+def _segments_of(layout: Layout, plan: RoundPlan, tensor: int) -> Segments:
+    """Return the segments of one tensor as those of tensor 0."""
+    segments = _segments_for(layout, plan)
+    return segments.of_tensor(*np.searchsorted(segments.tensor, [tensor, tensor + 1]))
+
+
+def reconstruct(
+    coefficients: np.ndarray, layout: Layout, plan: RoundPlan, like: Array | None = None
+) -> Iterator[Array]:
     """Yield the reconstruction Δ̂ tensor by tensor, flat, in float32 (paper, Eq. 7).
 
-    See `subtract` for the arguments and the errors.
+    As NumPy arrays, or as tensors on the device of ``like`` if that is one. See `subtract` for the
+    other arguments and the errors.
     """
     _check_plan(layout, plan)
     negated = -_published(coefficients, plan)
-    segments = _segments_for(layout, plan)
-    bounds = np.searchsorted(segments.tensor, np.arange(layout.num_projected + 1))
-    for tensor, (first, last) in enumerate(itertools.pairwise(bounds)):
-        update = np.zeros(layout.offsets[tensor + 1] - layout.offsets[tensor], dtype=np.float32)
-        _kernel(plan).subtract(
-            [update], negated[: plan.num_bases], segments.of_tensor(first, last), plan
-        )
+    sizes = np.diff(layout.offsets)
+    for tensor in range(layout.num_projected):
+        update = zeros(int(sizes[tensor]), like)
+        segments = _segments_of(layout, plan, tensor)
+        _kernel(plan, update).subtract([update], negated[: plan.num_bases], segments, plan)
         yield update
-    for _, update in _exact(negated, layout, plan):
+    for _, update in _exact(negated, layout, plan, like):
         yield -update
 
 
+def replay(
+    base: Sequence[Array],
+    layout: Layout,
+    rounds: Sequence[tuple[RoundPlan, np.ndarray]],
+    into: Sequence[Array],
+) -> None:
+    """Write float32(base) − Δ̂_1 − Δ̂_2 − ..., rounded to the dtype of ``into``, to ``into``.
+
+    These are the parameters w_r of a model that keeps no float32 masters: the same bits as from
+    masters that took one `subtract` after the other. On a GPU each parameter is read once and
+    written once, however many rounds there are; elsewhere one tensor at a time is in float32.
+
+    Parameters
+    ----------
+    base
+        w_0 in layout order, of any dtype that `project` takes.
+    layout
+        Which tensors they are.
+    rounds
+        Plans and their published c, in the ledger's order, one for each seed.
+    into
+        Contiguous tensors to write to, ``base`` itself or others.
+
+    Raises
+    ------
+    LayoutError, PlanError, ImportError
+        As `subtract`; nothing is changed then.
+    """
+    _check(base, layout)
+    _check(into, layout, first=base[0])
+    _check_writable(into, layout)
+    for plan, _ in rounds:
+        _check_plan(layout, plan)
+    published = [(plan, _published(c, plan)) for plan, c in rounds]
+    alike = len({(plan.family, plan.blocks) for plan, _ in rounds}) == 1
+    if alike and not layout.exact and not is_numpy(base[0]):
+        changed = dense(into)
+        segments = _segments_for(layout, rounds[0][0])
+        cuda_kernels().replay(dense(base), published, segments, changed)
+        for array, copy in zip(into, changed, strict=True):
+            put_back(array, copy)
+        return
+    for tensor, (old, new) in enumerate(zip(base, into, strict=True)):
+        master = zeros(old.size if is_numpy(old) else old.numel(), like=old)
+        master[...] = as_float32(old).reshape(-1)
+        for plan, c in published:
+            segments = _segments_of(layout, plan, tensor)
+            _kernel(plan, master).subtract([master], c[: plan.num_bases], segments, plan)
+            for position, update in _exact(c, layout, plan, master):
+                if position == tensor:
+                    master[...] -= update
+        put_back(new, rounded(master.reshape(new.shape), new))
+
+
 def fidelity(
-    before: Sequence[np.ndarray],
-    after: Sequence[np.ndarray],
+    before: Sequence[Array],
+    after: Sequence[Array],
     layout: Layout,
     plan: RoundPlan,
     projected: np.ndarray,
@@ -184,7 +284,7 @@ def fidelity(
     inner = float(coefficients.astype(np.float64) @ projected)  # <Δ̂, Δ> = <c, γ>
     squares, squares_hat = 0.0, 0.0
     for old, new, update in zip(
-        before, after, reconstruct(coefficients, layout, plan), strict=True
+        before, after, reconstruct(coefficients, layout, plan, before[0]), strict=True
     ):
         delta = as_float32(old).ravel() - as_float32(new).ravel()
         squares += float(delta @ delta)
@@ -192,37 +292,31 @@ def fidelity(
     return inner / math.sqrt(squares * squares_hat) if squares and squares_hat else 0.0
 
 
-def as_float32(array: np.ndarray) -> np.ndarray:
-    """Return float32, float16, or the bits of bfloat16 in uint16, as float32."""
-    if array.dtype == np.uint16:
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return array.astype(np.float32, copy=False)
-
-
-def fingerprint(arrays: Sequence[np.ndarray], layout: Layout) -> str:
+def fingerprint(arrays: Sequence[Array], layout: Layout) -> str:
     """Return sixteen hexadecimal digits that change with any bit of float32 ``arrays``."""
     _check(arrays, layout, ("float32",))
-    dense = [np.ascontiguousarray(array) for array in arrays]
-    return f"{cpu.fingerprint(dense, _segments(layout, len(layout.names), WHOLE)):016x}"
+    kernel = cpu if is_numpy(arrays[0]) else cuda_kernels()
+    segments = _segments(layout, len(layout.names), WHOLE)
+    return f"{kernel.fingerprint(dense(arrays), segments):016x}"
 
 
 def _differences(
-    before: Sequence[np.ndarray], after: Sequence[np.ndarray] | None, tensors: Collection[int]
+    before: Sequence[Array], after: Sequence[Array] | None, tensors: Collection[int]
 ) -> Iterator[np.ndarray]:
     """Yield Δ of some tensors, flat, in float32."""
     for tensor in tensors:
         delta = as_float32(before[tensor])
-        yield (delta if after is None else delta - as_float32(after[tensor])).ravel()
+        yield to_host(delta if after is None else delta - as_float32(after[tensor])).ravel()
 
 
 def _exact(
-    coefficients: np.ndarray, layout: Layout, plan: RoundPlan
-) -> Iterator[tuple[int, np.ndarray]]:
+    coefficients: np.ndarray, layout: Layout, plan: RoundPlan, like: Array | None
+) -> Iterator[tuple[int, Array]]:
     """Yield the position of each exact tensor, and its part of ``coefficients``."""
     shift = plan.num_bases - plan.blocks.size  # from elements to their coefficients
     for tensor in range(layout.num_projected, len(layout.names)):
         first, last = layout.offsets[tensor : tensor + 2] + shift
-        yield tensor, coefficients[first:last]
+        yield tensor, placed(coefficients[first:last], like)
 
 
 def _published(coefficients: np.ndarray, plan: RoundPlan) -> np.ndarray:

@@ -1,11 +1,20 @@
-"""Between a model's tensors and the arrays that a replica and a projection work on."""
+"""Between a model's tensors and the arrays that a replica and a projection work on.
+
+Those of a model on a GPU are tensors there, if Triton is installed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
+
+from ferret_flwr.projection.arrays import Array, has_triton, is_numpy
+
+log = logging.getLogger(__name__)
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:
@@ -29,18 +38,57 @@ def masters_of(parameters: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
     return [p.detach().to("cpu", torch.float32, copy=True).numpy() for p in parameters.values()]
 
 
-def rounded_like(array: np.ndarray, parameter: torch.Tensor) -> np.ndarray:
+def device_of(parameters: Mapping[str, torch.Tensor]) -> torch.device | None:
+    """Return the GPU on which the replica of ``parameters`` can live, None if in host memory."""
+    devices = {p.device for p in parameters.values()}
+    if len(devices) != 1 or not all(device.type == "cuda" for device in devices):
+        return None
+    if not has_triton():
+        _warn_once()
+        return None
+    return devices.pop()
+
+
+@lru_cache(maxsize=1)
+def _warn_once() -> None:
+    log.warning(
+        "the model is on a GPU but projected on the processor, because Triton is not installed: "
+        "pip install 'ferret-flwr[gpu]'"
+    )
+
+
+def placed(arrays: Sequence[Array], device: torch.device | None) -> list[Array]:
+    """Return float32 arrays as tensors on ``device``, or as they are if that is None."""
+    if device is None:
+        return list(arrays)
+    return [torch.from_numpy(array).to(device) if is_numpy(array) else array for array in arrays]
+
+
+def masters_on(parameters: Mapping[str, torch.Tensor], device: torch.device | None) -> list[Array]:
+    """Return m_0 = float32(w_0) as `masters_of`, or as tensors on ``device``."""
+    if device is None:
+        return list(masters_of(parameters))
+    return [p.detach().to(device, torch.float32, copy=True) for p in parameters.values()]
+
+
+def held_like(parameter: torch.Tensor, master: Array) -> Array:
+    """Return what ``parameter`` holds as the kind that ``master`` is: an array or a tensor."""
+    return as_array(parameter) if is_numpy(master) else parameter.detach()
+
+
+def rounded_like(master: Array, parameter: torch.Tensor) -> Array:
     """Return a float32 master as the model holds it: rounded to the parameter's dtype."""
     if parameter.dtype == torch.float32:
-        return array
-    return as_array(torch.from_numpy(array).to(parameter.dtype))
+        return master
+    tensor = torch.from_numpy(master) if is_numpy(master) else master
+    return held_like(tensor.to(parameter.dtype), master)
 
 
 @torch.no_grad()
-def load_masters(parameters: Mapping[str, torch.Tensor], arrays: Iterable[np.ndarray]) -> None:
+def load_masters(parameters: Mapping[str, torch.Tensor], masters: Iterable[Array]) -> None:
     """Set each parameter to its float32 master, rounded to the parameter's dtype."""
-    for parameter, array in zip(parameters.values(), arrays, strict=True):
-        parameter.copy_(torch.from_numpy(array))
+    for parameter, master in zip(parameters.values(), masters, strict=True):
+        parameter.copy_(torch.from_numpy(master) if is_numpy(master) else master)
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import numpy as np
 import torch
 
 from ferret_flwr.config import AdapterConfig, Config, DatasetConfig, ModelConfig
 from ferret_flwr.follower import Follower
+from ferret_flwr.projection.arrays import Array
 from ferret_flwr.projection.layout import Layout
 from ferret_flwr.projection.projection import fingerprint
 from ferret_flwr.replica import Replica
@@ -24,7 +24,14 @@ from ferret_flwr.training.local import LocalResult, local_batches, train_locally
 from ferret_flwr.training.models import LanguageModel, load_model
 from ferret_flwr.training.optimizers import check_optimizer
 from ferret_flwr.training.partition import partition
-from ferret_flwr.training.tensors import as_arrays, masters_of, trainable_parameters
+from ferret_flwr.training.tensors import (
+    as_arrays,
+    device_of,
+    masters_of,
+    masters_on,
+    placed,
+    trainable_parameters,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +62,17 @@ class Worker:
         Which model.
     adapter, settings
         A kind of ``adapters.ADAPTERS`` to tune in place of the model's own parameters; "" for none.
+    device
+        Where the replica is to live as torch tensors; by default that is the model's GPU, and
+        without one it lives in host memory as NumPy arrays.
     """
 
     def __init__(
-        self, config: ModelConfig, adapter: str = "", settings: AdapterConfig | None = None
+        self,
+        config: ModelConfig,
+        adapter: str = "",
+        settings: AdapterConfig | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """Load the base model."""
         self.config = config
@@ -71,7 +85,10 @@ class Worker:
         _place(self.lm.model, config.device)
         self.parameters = trainable_parameters(self.lm.model)
         self.layout = Layout.of(self.parameters)
-        self.follower = Follower(self.layout, self._base, config.dtype)
+        self.device = device or device_of(self.parameters)
+        self.follower = Follower(
+            self.layout, self._base, config.dtype, lambda arrays: placed(arrays, self.device)
+        )
         self._versions_of_base = self._versions()
         self._splits: dict[tuple[DatasetConfig, int], Split] = {}
 
@@ -81,12 +98,12 @@ class Worker:
         self._fingerprint = self._fingerprint or fingerprint(self._base(), self.layout)
         return self._fingerprint
 
-    def _base(self) -> list[np.ndarray]:
+    def _base(self) -> list[Array]:
         """Return m_0, from the model if it is still there."""
         assert not self.adapter, "what an adapter starts from is nowhere to be loaded"
         if self._versions() == self._versions_of_base:
-            return masters_of(self.parameters)
-        return masters_of(trainable_parameters(load_model(self.config).model))
+            return masters_on(self.parameters, self.device)
+        return masters_on(trainable_parameters(load_model(self.config).model), self.device)
 
     def _versions(self) -> list[int]:
         """Return how often each parameter was written to, as torch counts it."""
@@ -253,9 +270,12 @@ def live_replica(worker: Worker) -> Replica:
 
     A float32 model is its own master, so nothing is copied: the replica moves the model.
     """
-    arrays = as_arrays(worker.parameters.values())
-    if all(array.dtype == "float32" and array.flags.c_contiguous for array in arrays):
-        for parameter in worker.parameters.values():  # torch does not see what the replica writes
+    parameters = worker.parameters.values()
+    if all(p.dtype == torch.float32 and p.is_contiguous() for p in parameters):
+        for parameter in parameters:  # torch does not see what the replica writes
             torch.autograd.graph.increment_version(parameter)
+        tensors = [p.detach() for p in parameters]
+        arrays = tensors if worker.device else as_arrays(tensors)
         return Replica(worker.layout, arrays, worker.config.dtype)
-    return Replica(worker.layout, masters_of(worker.parameters), worker.config.dtype)
+    masters = masters_on(worker.parameters, worker.device)
+    return Replica(worker.layout, masters, worker.config.dtype)

@@ -13,6 +13,7 @@ from ferret_flwr.projection.kernels import cpu, cpu_interleaved, reference, tile
 from ferret_flwr.projection.kernels.segments import Segments
 from ferret_flwr.projection.layout import Blocks, InterleavedBlocks, Layout
 from ferret_flwr.projection.plan import RoundPlan
+from tests.projection.tensors import TRITON, OnTensors, device_of
 
 KERNELS = {"cpu": {"contiguous": cpu, "interleaved": cpu_interleaved}}
 DTYPES = ("float32", "float16", "bfloat16")
@@ -149,12 +150,32 @@ def close(gamma, delta, plan):
 @pytest.fixture(params=KERNELS)
 def kernel(request):
     """Each kernel beside the reference."""
-    return KERNELS[request.param]
+    if request.param in KERNELS:
+        return KERNELS[request.param]
+    on_tensors = OnTensors(device_of(request.param))
+    return {"contiguous": on_tensors, "interleaved": on_tensors}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("case", CASES)
+def contract(*axes):
+    """Parametrise a test with every kernel, case, family, and value of ``axes``.
+
+    The interpreter is slow: it gets one value of ``axes`` for each case and family, in turns.
+    """
+    rest = list(itertools.product(*axes))
+    turns = itertools.cycle(rest)
+    combinations = []
+    for backend in (*KERNELS, *TRITON):
+        for case, family in itertools.product(CASES, FAMILIES):
+            values = [next(turns)] if backend == "interpreter" else rest
+            marks = getattr(backend, "marks", ())
+            name = backend.values[0] if marks else backend
+            combinations += [pytest.param(name, case, family, *v, marks=marks) for v in values]
+    return combinations
+
+
+@pytest.mark.parametrize(
+    ("kernel", "case", "family", "dtype"), contract(DTYPES), indirect=["kernel"]
+)
 def test_subtract_has_the_bits_of_the_reference(kernel, case, family, dtype):
     layout, plan = make(case, family)
     model = lower(numbers(layout.size), dtype)
@@ -172,10 +193,11 @@ def test_subtract_has_the_bits_of_the_reference(kernel, case, family, dtype):
         assert not np.array_equal(join(arrays), master - wrong)
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["update", "before-after"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("kernel", "case", "family", "dtype", "after"),
+    contract(DTYPES, [False, True]),
+    indirect=["kernel"],
+)
 def test_project_is_the_reference_to_float32_rounding(kernel, case, family, dtype, after):
     layout, plan = make(case, family)
     before = lower(numbers(layout.size), dtype)
