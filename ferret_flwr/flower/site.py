@@ -35,6 +35,7 @@ NODE_KEYS = (
     "dataset.max-examples",
     "train.batch-size",
     "train.gradient-accumulation",
+    "train.memory",
     "ferret.coefficients",
     "ferret.cache-dir",
     "ferret.snapshots",

@@ -8,9 +8,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 
+import numba
 import numpy as np
 
 from ferret_flwr.projection.kernels import cpu, cpu_interleaved
@@ -20,6 +22,7 @@ from ferret_flwr.projection.plan import PlanError, RoundPlan
 
 PROJECTABLE = ("float32", "float16", "uint16")
 WHOLE = 2**62  # a block that no model fills
+ELEMENTS_PER_THREAD = 2**19  # of a piece; waking a thread for fewer costs more than it saves
 
 
 @lru_cache(maxsize=4)
@@ -28,8 +31,12 @@ def _segments(layout: Layout, block_size: int) -> Segments:
 
 
 def _segments_for(layout: Layout, plan: RoundPlan) -> Segments:
-    """Return the pieces to walk; interleaved blocks do not cut them."""
-    return _segments(layout, WHOLE if plan.interleaved else plan.blocks.block_size)
+    return _segments(layout, _block_size(plan))
+
+
+def _block_size(plan: RoundPlan) -> int:
+    """Return what cuts the pieces to walk; interleaved blocks do not."""
+    return WHOLE if plan.interleaved else plan.blocks.block_size
 
 
 def _kernel(plan: RoundPlan) -> ModuleType:
@@ -94,6 +101,92 @@ def project(
     return coefficients
 
 
+class Projection:
+    """γ of an update that comes in pieces: one tensor, or a part of one, at a time.
+
+    Parameters
+    ----------
+    layout
+        Which tensors there are.
+    plan
+        The round's bases.
+
+    Attributes
+    ----------
+    coefficients
+        γ of what was added so far: float64, ``(K,)``.
+    """
+
+    def __init__(self, layout: Layout, plan: RoundPlan) -> None:
+        """Start from no update."""
+        _check_plan(layout, plan)
+        self.layout = layout
+        self.plan = plan
+        self.coefficients = np.zeros(plan.num_coefficients, dtype=np.float64)
+
+    def add(self, start: int, piece: np.ndarray) -> None:
+        """Add the projection of an update that is zero but for ``piece``.
+
+        Parameters
+        ----------
+        start
+            Index into 0..d-1 of the first element.
+        piece
+            Elements of one tensor that follow each other: float32.
+
+        Raises
+        ------
+        LayoutError
+            If the piece is of another dtype or leaves the index space.
+        PlanError
+            If it is not finite; it names the tensor.
+        """
+        if piece.dtype != np.float32 or not 0 <= start <= self.layout.size - piece.size:
+            raise LayoutError(
+                f"a piece must be float32 within 0..{self.layout.size - 1}, got {piece.dtype} "
+                f"{start}..{start + piece.size - 1}"
+            )
+        piece = np.ascontiguousarray(piece)
+        segments = Segments.of_piece(start, piece.size, _block_size(self.plan))
+        with _threads_for(piece.size):
+            terms = _kernel(self.plan).project([piece], None, segments, self.plan)
+        if not np.isfinite(terms).all():
+            tensor = int(np.searchsorted(self.layout.offsets, start, side="right")) - 1
+            raise PlanError(f"the update is not finite in tensor '{self.layout.names[tensor]}'")
+        self.coefficients += terms
+
+
+@contextmanager
+def _threads_for(elements: int) -> Iterator[None]:
+    """Use no more threads than are worth it."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(max(1, min(before, elements // ELEMENTS_PER_THREAD)))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+
+
+def subtract_tensor(
+    array: np.ndarray, tensor: int, layout: Layout, plan: RoundPlan, coefficients: np.ndarray
+) -> None:
+    """Take the reconstruction of one tensor off its float32 parameters, in place.
+
+    Parameters
+    ----------
+    array
+        The tensor: float32, C-contiguous.
+    tensor
+        Which one of ``layout`` it is.
+    layout, plan, coefficients
+        As in `subtract`, to the same bits.
+    """
+    published = _published(coefficients, plan)
+    segments = Segments.of_piece(int(layout.offsets[tensor]), array.size, _block_size(plan))
+    with _threads_for(array.size):
+        _kernel(plan).subtract([array], published, segments, plan)
+
+
 def subtract(
     arrays: Sequence[np.ndarray], layout: Layout, plan: RoundPlan, coefficients: np.ndarray
 ) -> None:
@@ -137,11 +230,10 @@ def reconstruct(coefficients: np.ndarray, layout: Layout, plan: RoundPlan) -> It
     """
     _check_plan(layout, plan)
     negated = -_published(coefficients, plan)
-    segments = _segments_for(layout, plan)
-    bounds = np.searchsorted(segments.tensor, np.arange(len(layout.names) + 1))
-    for tensor, (first, last) in enumerate(itertools.pairwise(bounds)):
-        update = np.zeros(layout.offsets[tensor + 1] - layout.offsets[tensor], dtype=np.float32)
-        _kernel(plan).subtract([update], negated, segments.of_tensor(first, last), plan)
+    for start, stop in itertools.pairwise(layout.offsets):
+        update = np.zeros(stop - start, dtype=np.float32)
+        segments = Segments.of_piece(start, stop - start, _block_size(plan))
+        _kernel(plan).subtract([update], negated, segments, plan)
         yield update
 
 
@@ -184,7 +276,19 @@ def fingerprint(arrays: Sequence[np.ndarray], layout: Layout) -> str:
     """Return sixteen hexadecimal digits that change with any bit of float32 ``arrays``."""
     _check(arrays, layout, ("float32",))
     dense = [np.ascontiguousarray(array) for array in arrays]
-    return f"{cpu.fingerprint(dense, _segments(layout, WHOLE)):016x}"
+    return fingerprint_text(cpu.fingerprint(dense, _segments(layout, WHOLE)))
+
+
+def fingerprint_part(array: np.ndarray, tensor: int, layout: Layout) -> int:
+    """Return what one C-contiguous float32 tensor adds to the fingerprint, modulo 2⁶⁴."""
+    segments = Segments.of_piece(int(layout.offsets[tensor]), array.size, WHOLE)
+    with _threads_for(array.size):
+        return cpu.fingerprint([array], segments)
+
+
+def fingerprint_text(total: int) -> str:
+    """Return the fingerprint whose tensors add ``total`` together."""
+    return f"{total % 2**64:016x}"
 
 
 def _published(coefficients: np.ndarray, plan: RoundPlan) -> np.ndarray:

@@ -54,6 +54,13 @@ TILED = ["prime", "tensors across blocks", "tensors across tiles", "tensors deal
          "tiles dealt out", "rows of many tiles"]  # fmt: skip
 LARGEST = (100, 128, 1000, 2**16)  # how finely the index space is cut for the threads
 
+
+@pytest.fixture(autouse=True)
+def _several_parts(monkeypatch):
+    """Divide small arrays, too."""
+    monkeypatch.setattr(cpu_interleaved, "ELEMENTS_PER_SUM", 1)
+
+
 # A kernel adds at most a tile's products in float32, so by the probabilistic bound of Higham and
 # Mary (2019), |γ − γ_ref| ≤ λ √n u Σ|v Δ| with n = 4096, u = 2⁻²⁴; λ = 6 fails once in 10⁷ sums.
 ROUNDING = 6 * math.sqrt(tiles.ELEMENTS) * 2.0**-24
