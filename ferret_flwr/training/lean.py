@@ -181,6 +181,7 @@ def gradients_passed_to(
 
     def hook(tensor: int, parameter: torch.Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
         act(tensor, gradient)
 
     handles = [

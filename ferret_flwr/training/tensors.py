@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -26,7 +26,13 @@ def as_arrays(tensors: Iterable[torch.Tensor]) -> list[np.ndarray]:
 
 def masters_of(parameters: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
     """Return m_0 = float32(w_0) of each tensor, as memory of its own."""
-    return [p.detach().to("cpu", torch.float32, copy=True).numpy() for p in parameters.values()]
+    return list(masters_in_turn(parameters.values()))
+
+
+def masters_in_turn(tensors: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
+    """Yield m_0 = float32(w_0) of each tensor, as memory of its own."""
+    for tensor in tensors:
+        yield tensor.detach().to("cpu", torch.float32, copy=True).numpy()
 
 
 def rounded_like(array: np.ndarray, parameter: torch.Tensor) -> np.ndarray:
