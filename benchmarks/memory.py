@@ -137,7 +137,9 @@ def measured(*arguments: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(dtype: str, settings: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
+def table(
+    dtype: str, kinds: list[str], settings: dict[str, Any], rounds: int
+) -> list[dict[str, Any]]:
     """Return a row for each kind of process."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -145,10 +147,11 @@ def table(dtype: str, settings: dict[str, Any], rounds: int) -> list[dict[str, A
         settings = settings | {"model.dtype": dtype}
         make_requests(folder, settings, rounds)
         of_model = Need(**measured("--need", json.dumps(settings)))
-        for kind in KINDS:
+        for kind in kinds:
             subprocess.run(["rm", "-rf", folder / "cache"], check=True)
             found = measured("--answer", str(folder), "--kind", kind)
             peak = found.get("memory/gpu_peak_bytes", found["memory/peak_bytes"] - found["imports"])
+            print(dtype, kind, f"{peak / MEGABYTE:.0f} MB", file=sys.stderr)
             rows.append(
                 {
                     "dtype": dtype,
@@ -171,6 +174,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="builtin:tasks", help="default %(default)s")
     parser.add_argument("--device", default="cpu", help="default %(default)s")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--rounds", type=int, default=8, help="of the ledger, default %(default)s")
     parser.add_argument("--steps", type=int, default=2, help="of training, default %(default)s")
     parser.add_argument("--batch-size", type=int, default=2, help="default %(default)s")
@@ -203,7 +207,8 @@ def main() -> None:
         "strategy.fraction-evaluate": 1.0,
         "ferret.coefficients": K,
     }
-    rows = [row for dtype in options.dtypes for row in table(dtype, settings, options.rounds)]
+    kinds = options.kinds
+    rows = [row for d in options.dtypes for row in table(d, kinds, settings, options.rounds)]
     if options.json:
         return print(json.dumps(rows, indent=2))
     columns = ("parameters", "largest gradient", "activations", "peak")

@@ -21,6 +21,7 @@ OTHER_CHOICE = {
     "dataset.partitioner": "natural",
     "dataset.too-long": "truncate",
     "train.schedule": "cosine",
+    "train.memory": "lean",
     "ferret.family": "truncated-normal",
     "ferret.bases": "per-client",
     "ferret.allocation": "uniform",
@@ -68,6 +69,8 @@ def test_nothing_given_is_all_defaults():
 def test_parse_and_flatten_are_inverse_for_every_key():
     changed = {key: _other(key, value) for key, value in defaults().items()}
     assert all(changed[key] != value for key, value in defaults().items())
+    assert flatten(parse({"train.memory": "lean"})) == defaults() | {"train.memory": "lean"}
+    changed["train.memory"] = "standard"  # lean is not for all that the others now are
     config = parse(changed)
     assert flatten(config) == changed
     assert {key: _at(config, key) for key in changed} == changed
@@ -200,6 +203,18 @@ def test_nothing_to_evaluate_on():
     }.items():
         assert f"'{key}'" in line
         assert _at(parse(nothing | {key: remedy}), key) == remedy
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train.gradient-accumulation", 2), ("model.dtype", "float16"), ("method", "fedavg")],
+)
+def test_what_lean_does_not_do(key, value):
+    (line,) = _errors({"train.memory": "lean", key: value})
+    assert line.startswith("'train.memory' = 'lean'") and f"'{key}'" in line
+    assert f"got {value!r}" in line
+    parse({"train.memory": "standard", key: value})
+    parse({"train.memory": "lean", "model.dtype": "bfloat16", "train.max-grad-norm": 1.0})
 
 
 def test_contradictions_are_told_together():

@@ -8,6 +8,7 @@ from flwr.app import Context
 from flwr.client import Client, NumPyClient
 from flwr.common import Scalar
 
+from ferret_flwr import memory
 from ferret_flwr.config import Config, ConfigError
 from ferret_flwr.flower.cache import LedgerCache
 from ferret_flwr.flower.late import LateClient
@@ -45,6 +46,9 @@ def _node_client(context: Context, site: Site) -> NumPyClient:
         config = method.configured(config)
         node = Node.of(config, site.partition_id, site.num_partitions, method.adapter)
         return MethodClient(method(config, node.worker), node)
+    lean = config.train.memory == "lean"
+    if lean:
+        memory.return_large_blocks()
     node = Node.of(config, site.partition_id, site.num_partitions)
 
     def train(
@@ -60,7 +64,7 @@ def _node_client(context: Context, site: Site) -> NumPyClient:
     return FerretClient(
         node.worker.parameters,
         train,
-        node.worker.in_place if config.train.memory == "lean" else node.worker.follower,
+        node.worker.in_place if lean else node.worker.follower,
         LedgerCache.of(context, config.ferret.cache_dir, snapshots=config.ferret.snapshots),
         evaluate=evaluate,
         partition_id=site.partition_id,

@@ -246,12 +246,15 @@ def negative_log_likelihood(
     """
     logits = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits[:, -batch["labels"].shape[1] :]  # (B, T, V), without an adapter's virtual tokens
+    ).logits  # (B, T, V), behind an adapter's virtual tokens
     targets = batch["labels"][:, 1:]
     learned = targets != IGNORED
-    # Selected before the conversion to float32: most of (B, T, V) is prompt and padding.
-    nll = F.cross_entropy(logits[:, :-1][learned].float(), targets[learned], reduction="none")
-    return nll, learned.nonzero()[:, 0]
+    row, column = learned.nonzero(as_tuple=True)
+    # Selected before the conversion to float32, as most of it is prompt and padding; and at once,
+    # or each slice would have a gradient as large as all logits.
+    selected = logits[row, column + logits.shape[1] - batch["labels"].shape[1]]  # (N, V)
+    nll = F.cross_entropy(selected.float(), targets[learned], reduction="none")
+    return nll, row
 
 
 def mean_loss(model: torch.nn.Module, drawn: list[Tokens], pad_id: int, count: int) -> torch.Tensor:
