@@ -253,6 +253,7 @@ def negative_log_likelihood(
     # Selected before the conversion to float32, as most of it is prompt and padding; and at once,
     # or each slice would have a gradient as large as all logits.
     selected = logits[row, column + logits.shape[1] - batch["labels"].shape[1]]  # (N, V)
+    del logits  # nothing needs them for the backward pass
     nll = F.cross_entropy(selected.float(), targets[learned], reduction="none")
     return nll, row
 
