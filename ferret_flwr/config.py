@@ -90,6 +90,7 @@ class TrainConfig:
     gradient_accumulation: int = _within(1, 1)  # forward passes per optimizer step
     seq_length: int = _within(64, 2)  # tokens
     max_grad_norm: float = _within(1.0, 0.0)  # 0 = no clipping
+    memory: str = _one_of("standard", "lean")  # lean: no copy of the weights, one gradient at once
 
 
 @dataclass(frozen=True)
@@ -409,6 +410,8 @@ def _contradictions(config: Config) -> list[str]:
             "'strategy.fraction-evaluate' needs 'dataset.holdout' above 0: the share of its own "
             "examples that a node evaluates on"
         )
+    if config.train.memory == "lean":
+        wrong += _not_lean(config)
     held_out = config.dataset.test_name or config.dataset.holdout > 0.0
     if config.evaluate.every and not held_out:
         wrong.append(
@@ -451,6 +454,24 @@ def _private_contradictions(config: Config) -> list[str]:
         for key, (value, why) in needs.items()
         if flat[key] != value
     ]
+
+
+def _not_lean(config: Config) -> list[str]:
+    """Return what cannot be trained with one gradient at a time."""
+    lean, wrong = "'train.memory' = 'lean'", []
+    if config.method != "ferret":
+        wrong.append(f"{lean} is for 'method' = 'ferret', got {config.method!r}")
+    if config.train.gradient_accumulation > 1:
+        wrong.append(
+            f"{lean} needs 'train.gradient-accumulation' = 1, got "
+            f"{config.train.gradient_accumulation}: a step is taken as soon as a gradient is there"
+        )
+    if config.model.dtype == "float16":
+        wrong.append(
+            f"{lean} needs 'model.dtype' = 'float32' or 'bfloat16', got 'float16': its smallest "
+            "numbers cannot be rounded without bias"
+        )
+    return wrong
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:

@@ -90,5 +90,5 @@ class Follower:
         seconds = time.perf_counter() - began
         worth = seconds > 4 * self.layout.size / DISK_BYTES_PER_SECOND
         if snapshots is not None and ledger and worth and self._live is not live:
-            snapshots.save(self._live)
+            snapshots.save(self._live.fingerprint, self._live.arrays)
         return self._live

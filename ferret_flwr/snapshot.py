@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,23 +59,31 @@ class Snapshots:
         place
             Moves the arrays to where the replica is to live.
         """
-        there = {path.stem: path for path in self.folder.glob("*.npy")}
-        for round in range(len(ledger), after, -1):
-            path = there.get(ledger.entries[round - 1].fingerprint)
-            if path is None:
-                continue
+        for round, path in self.paths(ledger, after=after):
             try:
                 return Replica.at(ledger.until(round), layout, place(_load(path, layout)), dtype)
             except Exception as error:  # of what NumPy makes of a damaged header, too
-                log.warning("the snapshot '%s' is not valid and is removed: %s", path, error)
-                path.unlink(missing_ok=True)
+                self.remove(path, str(error))
         return None
 
-    def save(self, replica: Replica) -> None:
-        """Write ``replica`` and remove older snapshots; a full disk is only logged."""
-        path = self.folder / f"{replica.fingerprint}.npy"
+    def paths(self, ledger: Ledger, *, after: int) -> Iterator[tuple[int, Path]]:
+        """Yield rounds behind ``after`` that have a snapshot, and its file, the latest first."""
+        there = {path.stem: path for path in self.folder.glob("*.npy")}
+        for round in range(len(ledger), after, -1):
+            path = there.get(ledger.entries[round - 1].fingerprint)
+            if path is not None:
+                yield round, path
+
+    def remove(self, path: Path, reason: str) -> None:
+        """Remove a snapshot that is not what its name says."""
+        log.warning("the snapshot '%s' is not valid and is removed: %s", path, reason)
+        path.unlink(missing_ok=True)
+
+    def save(self, fingerprint: str, arrays: Sequence[np.ndarray]) -> None:
+        """Write parameters and remove older snapshots; a full disk is only logged."""
+        path = self.folder / f"{fingerprint}.npy"
         try:
-            _save(path, replica.arrays)
+            _save(path, arrays)
             by_age = sorted(self.folder.glob("*.npy"), key=lambda p: p.stat().st_mtime)
             for old in by_age[:-KEPT]:
                 old.unlink(missing_ok=True)
@@ -92,6 +100,23 @@ def _save(path: Path, arrays: Sequence[Array]) -> None:
         )
         for array in arrays:
             file.write(np.ascontiguousarray(to_host(array)).data)
+
+
+def read_in_turn(path: Path, layout: Layout) -> Iterator[np.ndarray]:
+    """Yield each tensor of a snapshot in memory of its own; nothing is mapped.
+
+    Raises
+    ------
+    ValueError
+        If the file does not hold a model of ``layout``.
+    """
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype != np.float32 or shape != (layout.size,):
+            raise ValueError(f"it holds {dtype} {shape}, not float32 ({layout.size},)")
+        for shape in layout.shapes:
+            yield np.fromfile(file, dtype=np.float32, count=math.prod(shape)).reshape(shape)
 
 
 def _load(path: Path, layout: Layout) -> list[np.ndarray]:

@@ -191,6 +191,23 @@ def test_bad_configuration_stops_before_the_first_round(flower: Flower) -> None:
     assert sorted((flower.folder / "results").glob("*")) == before
 
 
+def test_lean_training_runs_from_the_same_app(flower: Flower, run: tuple[str, Path]) -> None:
+    printed = flower.run(**SETTINGS | {"train.memory": "lean"})
+    assert "the tuned model is in" in printed, printed[-4000:]
+    lines = [line for line in printed.splitlines() if line.startswith("round   2 ")]
+    assert len(lines) == 1 and "project" in lines[0] and "cos" not in lines[0]
+    rows, standard = (
+        json.loads((folder / "results.json").read_text())["rounds"]
+        for folder in (flower.results(), run[1])
+    )
+    for row, other in zip(rows[1:], standard[1:], strict=True):
+        assert row["failures"] == []
+        # float32's rounding of the coefficients, magnified by training; a round is worth far more
+        assert row["eval/loss"] == pytest.approx(other["eval/loss"], rel=1e-4)
+        assert "ferret/fidelity" not in row
+    assert rows[2]["eval/loss"] != pytest.approx(standard[1]["eval/loss"], rel=1e-4)
+
+
 def test_fedavg_runs_from_the_same_app(flower: Flower) -> None:
     printed = flower.run(**SETTINGS | {"method": "fedavg", "num-server-rounds": 1})
     assert "the tuned model is in" in printed, printed[-4000:]

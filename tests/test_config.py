@@ -23,6 +23,7 @@ OTHER_CHOICE = {
     "train.schedule": "cosine",
     "strategy.name": "fedmedian",
     "privacy.mechanism": "central-fixed",
+    "train.memory": "lean",
     "ferret.family": "truncated-normal",
     "ferret.bases": "per-client",
     "ferret.allocation": "uniform",
@@ -234,6 +235,18 @@ def test_nothing_to_evaluate_on():
     }.items():
         assert f"'{key}'" in line
         assert _at(parse(nothing | {key: remedy}), key) == remedy
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train.gradient-accumulation", 2), ("model.dtype", "float16"), ("method", "fedavg")],
+)
+def test_what_lean_does_not_do(key, value):
+    (line,) = _errors({"train.memory": "lean", key: value})
+    assert line.startswith("'train.memory' = 'lean'") and f"'{key}'" in line
+    assert f"got {value!r}" in line
+    parse({"train.memory": "standard", key: value})
+    parse({"train.memory": "lean", "model.dtype": "bfloat16", "train.max-grad-norm": 1.0})
 
 
 def test_contradictions_are_told_together():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from typing import cast
 
 import torch
 from flwr.app import Context
@@ -21,7 +22,10 @@ from ferret_flwr.follower import Follower
 from ferret_flwr.ledger import Ledger
 from ferret_flwr.methods import ferret
 from ferret_flwr.projection.layout import Layout
+from ferret_flwr.projection.plan import RoundPlan
 from ferret_flwr.replica import Replica
+from ferret_flwr.training.in_place import InPlaceFollower, Reached
+from ferret_flwr.training.lean import Applied
 from ferret_flwr.training.tensors import (
     device_of,
     load_masters,
@@ -32,6 +36,7 @@ from ferret_flwr.training.tensors import (
 
 Metrics = dict[str, Scalar]
 Step = Callable[[int, Metrics], tuple[int, Metrics]]  # (round, config) -> (examples, metrics)
+LeanStep = Callable[[int, Metrics, Applied], tuple[int, Metrics]]  # ... and tells what it changes
 Score = Callable[[int, Metrics], tuple[float, int, Metrics]]  # ... -> (loss, examples, metrics)
 
 
@@ -46,7 +51,8 @@ class FerretClient(NumPyClient):
         Trains ``parameters`` in place. Called with the round and the server's config; returns the
         number of examples and metrics.
     follower
-        Holds the replica, which may serve several clients of a process.
+        Holds the replica, which may serve several clients of a process; or moves the model itself,
+        and then ``train`` has a third argument to tell each step to, see `lean.LeanSteps`.
     cache
         What the node keeps on its disk.
     evaluate
@@ -61,8 +67,8 @@ class FerretClient(NumPyClient):
     def __init__(
         self,
         parameters: Mapping[str, torch.Tensor],
-        train: Step,
-        follower: Follower,
+        train: Step | LeanStep,
+        follower: Follower | InPlaceFollower,
         cache: LedgerCache,
         *,
         evaluate: Score | None = None,
@@ -173,30 +179,43 @@ class FerretClient(NumPyClient):
         plan = request.plan
         plan = plan.with_seed(wire.node_seed(plan, request.bases, self.partition_id))
         caught_up = time.perf_counter()
-        update, (examples, metrics) = ferret.local_round(
-            replica, self.tensors, plan, lambda: self.train_model(plan.round, config)
-        )
+        update, (examples, metrics) = self._train(replica, plan, config)
         answer: Metrics = {
             "round": plan.round,
             "seed": plan.seed,
             "fingerprint": replica.fingerprint,
             "cached": cached,
-            "ferret/fidelity": update.fidelity,
             "time/local_s": update.train_seconds,
             "time/project_s": update.project_seconds,
             "time/reconstruct_s": caught_up - start,
         }
+        if update.fidelity is not None:
+            answer["ferret/fidelity"] = update.fidelity
         return [update.coefficients], examples, answer | memory.peaks() | metrics
+
+    def _train(
+        self, replica: Replica | Reached, plan: RoundPlan, config: Metrics
+    ) -> tuple[ferret.Projected, tuple[int, Metrics]]:
+        if isinstance(replica, Replica):
+            train = cast(Step, self.train_model)
+            return ferret.local_round(
+                replica, self.tensors, plan, lambda: train(plan.round, config)
+            )
+        train_lean = cast(LeanStep, self.train_model)
+        return ferret.lean_round(
+            self.follower.layout, plan, lambda applied: train_lean(plan.round, config, applied)
+        )
 
     def _evaluate(self, parameters: NDArrays, config: Metrics) -> tuple[float, int, Metrics]:
         if self.evaluate_model is None:
             raise RuntimeError("this client cannot evaluate: FerretClient got no `evaluate`")
         replica, ledger, cached = self._catch_up(wire.decode(parameters, config))
-        load_masters(self.tensors, replica.arrays)
+        if isinstance(replica, Replica):
+            load_masters(self.tensors, replica.arrays)
         loss, examples, metrics = self.evaluate_model(len(ledger), config)
         return loss, examples, metrics | {"cached": cached}
 
-    def _catch_up(self, request: wire.Request) -> tuple[Replica, Ledger, int]:
+    def _catch_up(self, request: wire.Request) -> tuple[Replica | Reached, Ledger, int]:
         ledger = self.cache.complete(request)
         replica = self.follower.follow(ledger, self.cache.snapshots)
         return replica, ledger, self.cache.keep(ledger, request)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from flwr.app import Context
 from flwr.client import Client, NumPyClient
 from flwr.common import Scalar
 
+from ferret_flwr import memory
 from ferret_flwr.config import Config, ConfigError
 from ferret_flwr.flower.cache import LedgerCache
 from ferret_flwr.flower.late import LateClient
 from ferret_flwr.flower.site import Site
 from ferret_flwr.report import show_progress
+
+if TYPE_CHECKING:  # torch is imported when there is something to train
+    from ferret_flwr.training.lean import Applied
 
 
 def client(context: Context) -> Client:
@@ -40,10 +46,15 @@ def _node_client(context: Context, site: Site) -> NumPyClient:
         config = method.configured(config)
         node = Node.of(config, site.partition_id, site.num_partitions, method.adapter)
         return MethodClient(method(config, node.worker), node)
+    lean = config.train.memory == "lean"
+    if lean:
+        memory.return_large_blocks()
     node = Node.of(config, site.partition_id, site.num_partitions)
 
-    def train(round: int, _: dict[str, Scalar]) -> tuple[int, dict[str, Scalar]]:
-        result = node.train(round)
+    def train(
+        round: int, _: dict[str, Scalar], applied: Applied | None = None
+    ) -> tuple[int, dict[str, Scalar]]:
+        result = node.train(round, applied)
         return len(node.examples), {"train/loss": result.loss}
 
     def evaluate(round: int, _: dict[str, Scalar]) -> tuple[float, int, dict[str, Scalar]]:
@@ -53,7 +64,7 @@ def _node_client(context: Context, site: Site) -> NumPyClient:
     return FerretClient(
         node.worker.parameters,
         train,
-        node.worker.follower,
+        node.worker.in_place if lean else node.worker.follower,
         LedgerCache.of(context, config.ferret.cache_dir, snapshots=config.ferret.snapshots),
         evaluate=evaluate,
         partition_id=site.partition_id,

@@ -35,6 +35,7 @@ NODE_KEYS = (
     "dataset.max-examples",
     "train.batch-size",
     "train.gradient-accumulation",
+    "train.memory",
     "privacy.mechanism",
     "privacy.noise-multiplier",
     "privacy.clipping-norm",

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
 
+import numba
 import numpy as np
 
 from ferret_flwr.projection.arrays import (
@@ -35,6 +37,7 @@ from ferret_flwr.projection.layout import Layout, LayoutError
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 
 WHOLE = 2**62  # a block that no model fills
+ELEMENTS_PER_THREAD = 2**19  # of a piece; waking a thread for fewer costs more than it saves
 
 
 @lru_cache(maxsize=4)
@@ -43,9 +46,13 @@ def _segments(layout: Layout, tensors: int, block_size: int) -> Segments:
 
 
 def _segments_for(layout: Layout, plan: RoundPlan) -> Segments:
-    """Return the pieces to walk; interleaved blocks do not cut them."""
-    block_size = WHOLE if plan.interleaved else plan.blocks.block_size
-    return _segments(layout, layout.num_projected, block_size)
+    """Return the pieces to walk."""
+    return _segments(layout, layout.num_projected, _block_size(plan))
+
+
+def _block_size(plan: RoundPlan) -> int:
+    """Return what cuts the pieces to walk; interleaved blocks do not."""
+    return WHOLE if plan.interleaved else plan.blocks.block_size
 
 
 def _kernel(plan: RoundPlan, array: Array) -> ModuleType:
@@ -133,6 +140,94 @@ def project(
     return coefficients
 
 
+class Projection:
+    """γ of an update that comes in pieces: one tensor, or a part of one, at a time.
+
+    Parameters
+    ----------
+    layout
+        Which tensors there are.
+    plan
+        The round's bases.
+
+    Attributes
+    ----------
+    coefficients
+        γ of what was added so far: float64, ``(K,)``.
+    """
+
+    def __init__(self, layout: Layout, plan: RoundPlan) -> None:
+        """Start from no update."""
+        _check_plan(layout, plan)
+        if layout.exact:
+            raise LayoutError("an update with exact tensors cannot come in pieces")
+        self.layout = layout
+        self.plan = plan
+        self.coefficients = np.zeros(plan.num_coefficients, dtype=np.float64)
+
+    def add(self, start: int, piece: np.ndarray) -> None:
+        """Add the projection of an update that is zero but for ``piece``.
+
+        Parameters
+        ----------
+        start
+            Index into 0..d-1 of the first element.
+        piece
+            Elements of one tensor that follow each other: float32.
+
+        Raises
+        ------
+        LayoutError
+            If the piece is of another dtype or leaves the index space.
+        PlanError
+            If it is not finite; it names the tensor.
+        """
+        if piece.dtype != np.float32 or not 0 <= start <= self.layout.size - piece.size:
+            raise LayoutError(
+                f"a piece must be float32 within 0..{self.layout.size - 1}, got {piece.dtype} "
+                f"{start}..{start + piece.size - 1}"
+            )
+        piece = np.ascontiguousarray(piece)
+        segments = Segments.of_piece(start, piece.size, _block_size(self.plan))
+        with _threads_for(piece.size):
+            terms = _kernel(self.plan, piece).project([piece], None, segments, self.plan)
+        if not np.isfinite(terms).all():
+            tensor = int(np.searchsorted(self.layout.offsets, start, side="right")) - 1
+            raise PlanError(f"the update is not finite in tensor '{self.layout.names[tensor]}'")
+        self.coefficients += terms
+
+
+@contextmanager
+def _threads_for(elements: int) -> Iterator[None]:
+    """Use no more threads than are worth it."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(max(1, min(before, elements // ELEMENTS_PER_THREAD)))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+
+
+def subtract_tensor(
+    array: np.ndarray, tensor: int, layout: Layout, plan: RoundPlan, coefficients: np.ndarray
+) -> None:
+    """Take the reconstruction of one tensor off its float32 parameters, in place.
+
+    Parameters
+    ----------
+    array
+        The tensor: float32, C-contiguous.
+    tensor
+        Which one of ``layout`` it is.
+    layout, plan, coefficients
+        As in `subtract`, to the same bits.
+    """
+    published = _published(coefficients, plan)
+    segments = Segments.of_piece(int(layout.offsets[tensor]), array.size, _block_size(plan))
+    with _threads_for(array.size):
+        _kernel(plan, array).subtract([array], published[: plan.num_bases], segments, plan)
+
+
 def subtract(
     arrays: Sequence[Array],
     layout: Layout,
@@ -185,9 +280,9 @@ def _check_writable(arrays: Sequence[Array], layout: Layout) -> None:
 
 
 def _segments_of(layout: Layout, plan: RoundPlan, tensor: int) -> Segments:
-    """Return the segments of one tensor as those of tensor 0."""
-    segments = _segments_for(layout, plan)
-    return segments.of_tensor(*np.searchsorted(segments.tensor, [tensor, tensor + 1]))
+    """Return the segments of one projected tensor as those of tensor 0."""
+    start, stop = map(int, layout.offsets[tensor : tensor + 2])
+    return Segments.of_piece(start, stop - start, _block_size(plan))
 
 
 def reconstruct(
@@ -256,8 +351,9 @@ def replay(
         master = zeros(old.size if is_numpy(old) else old.numel(), like=old)
         master[...] = as_float32(old).reshape(-1)
         for plan, c in published:
-            segments = _segments_of(layout, plan, tensor)
-            _kernel(plan, master).subtract([master], c[: plan.num_bases], segments, plan)
+            if tensor < layout.num_projected:
+                segments = _segments_of(layout, plan, tensor)
+                _kernel(plan, master).subtract([master], c[: plan.num_bases], segments, plan)
             for position, update in _exact(c, layout, plan, master):
                 if position == tensor:
                     master[...] -= update
@@ -297,7 +393,19 @@ def fingerprint(arrays: Sequence[Array], layout: Layout) -> str:
     _check(arrays, layout, ("float32",))
     kernel = cpu if is_numpy(arrays[0]) else cuda_kernels()
     segments = _segments(layout, len(layout.names), WHOLE)
-    return f"{kernel.fingerprint(dense(arrays), segments):016x}"
+    return fingerprint_text(kernel.fingerprint(dense(arrays), segments))
+
+
+def fingerprint_part(array: np.ndarray, tensor: int, layout: Layout) -> int:
+    """Return what one C-contiguous float32 tensor adds to the fingerprint, modulo 2⁶⁴."""
+    segments = Segments.of_piece(int(layout.offsets[tensor]), array.size, WHOLE)
+    with _threads_for(array.size):
+        return cpu.fingerprint([array], segments)
+
+
+def fingerprint_text(total: int) -> str:
+    """Return the fingerprint whose tensors add ``total`` together."""
+    return f"{total % 2**64:016x}"
 
 
 def _differences(

@@ -18,6 +18,7 @@ from ferret_flwr.config import ConfigError, TrainConfig
 from .adapters import virtual_tokens
 from .data import IGNORED, Examples, Tokens, collate
 from .errors import NonFiniteLossError
+from .lean import Applied, LeanSteps, rounding_seed
 from .optimizers import learning_rate, make_optimizer
 from .stream import example_stream
 from .tensors import trainable_parameters
@@ -53,6 +54,7 @@ def train_locally(
     round: int,
     num_rounds: int,
     progress: Progress | None = None,
+    applied: Applied | None = None,
 ) -> LocalResult:
     """Train ``model`` in place for the steps of one round.
 
@@ -77,11 +79,14 @@ def train_locally(
         The round, from 1, and how many there are: where the schedule and the stream stand.
     progress
         Called after each step with the steps done, their number and the loss.
+    applied
+        Needed if ``memory`` is ``"lean"``, and used only then: told of each step, see `LeanSteps`.
 
     Raises
     ------
     NonFiniteLossError
-        If a loss or gradient norm is not finite; the step is not applied, earlier ones are.
+        If a loss or gradient norm is not finite; the step is not applied, earlier ones are. Lean
+        without ``max_grad_norm`` may have applied a part of it.
     DataError
         If an example is too long and ``too_long`` is ``"error"``, or none fits.
     ConfigError
@@ -90,7 +95,12 @@ def train_locally(
     start = time.perf_counter()
     check_seq_length(model, config)
     parameters = list(trainable_parameters(model).values())
-    optimizer = make_optimizer(parameters, config)
+    if config.memory == "lean":
+        assert applied is not None, "what lean steps have changed is told nowhere else"
+        steps = LeanSteps(parameters, config, applied, rounding_seed(seed, round, partition_id))
+        take = _lean_steps(model, steps, tokenizer.pad_token_id)
+    else:
+        take = _standard_steps(model, parameters, config, tokenizer.pad_token_id)
     batches = local_batches(
         examples, tokenizer, config, too_long, seed=seed, partition_id=partition_id, round=round
     )
@@ -102,25 +112,17 @@ def train_locally(
     try:
         for step, (drawn, skipped) in enumerate(batches):
             dropped += skipped
-            loss, count = backward(model, drawn, config, tokenizer.pad_token_id)
-            norm = gradient_norm(parameters)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            rate = learning_rate(
+                (round - 1) * config.steps + step, num_rounds * config.steps, config
+            )
+            try:
+                loss, count = take(drawn, step, rate)
+            except NonFiniteLossError as error:
                 raise NonFiniteLossError(
                     f"round {round}, partition {partition_id}, step {step + 1} of {config.steps}: "
-                    f"the loss is {loss} and the gradient norm {norm}; the step was not applied. "
-                    "Try a lower 'train.learning-rate', 'train.max-grad-norm' = 1.0, or "
+                    f"{error}. Try a lower 'train.learning-rate', 'train.max-grad-norm' = 1.0, or "
                     "'model.dtype' = 'float32'"
-                )
-            if config.max_grad_norm:
-                torch.nn.utils.clip_grads_with_norm_(
-                    parameters, config.max_grad_norm, torch.tensor(norm)
-                )
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(
-                    (round - 1) * config.steps + step, num_rounds * config.steps, config
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                ) from error
             losses.append(loss)
             counts.append(count)
             if progress is not None:
@@ -140,6 +142,51 @@ def train_locally(
         steps=config.steps,
         seconds=time.perf_counter() - start,
     )
+
+
+TakeStep = Callable[[list[Tokens], int, float], tuple[float, int]]
+"""(examples, number of the step in the round, learning rate) -> (loss, response tokens)."""
+
+
+def _standard_steps(
+    model: torch.nn.Module,
+    parameters: list[torch.nn.Parameter],
+    config: TrainConfig,
+    pad_id: int,
+) -> TakeStep:
+    """Return steps of one optimizer once all gradients are there."""
+    optimizer = make_optimizer(parameters, config)
+
+    def take(drawn: list[Tokens], number: int, rate: float) -> tuple[float, int]:
+        loss, count = backward(model, drawn, config, pad_id)
+        norm = gradient_norm(parameters)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteLossError(
+                f"the loss is {loss} and the gradient norm {norm}; the step was not applied"
+            )
+        if config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(
+                parameters, config.max_grad_norm, torch.tensor(norm)
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss, count
+
+    return take
+
+
+def _lean_steps(model: torch.nn.Module, steps: LeanSteps, pad_id: int) -> TakeStep:
+    """Return steps that are taken within the backward pass."""
+
+    def take(drawn: list[Tokens], number: int, rate: float) -> tuple[float, int]:
+        count = sum(len(t.response) for t in drawn)
+        loss = mean_loss(model, drawn, pad_id, count)
+        steps.take(loss, number, rate)
+        return float(loss.detach()), count
+
+    return take
 
 
 def local_batches(
@@ -199,12 +246,22 @@ def negative_log_likelihood(
     """
     logits = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits[:, -batch["labels"].shape[1] :]  # (B, T, V), without an adapter's virtual tokens
+    ).logits  # (B, T, V), behind an adapter's virtual tokens
     targets = batch["labels"][:, 1:]
     learned = targets != IGNORED
-    # Selected before the conversion to float32: most of (B, T, V) is prompt and padding.
-    nll = F.cross_entropy(logits[:, :-1][learned].float(), targets[learned], reduction="none")
-    return nll, learned.nonzero()[:, 0]
+    row, column = learned.nonzero(as_tuple=True)
+    # Selected before the conversion to float32, as most of it is prompt and padding; and at once,
+    # or each slice would have a gradient as large as all logits.
+    selected = logits[row, column + logits.shape[1] - batch["labels"].shape[1]]  # (N, V)
+    del logits  # nothing needs them for the backward pass
+    nll = F.cross_entropy(selected.float(), targets[learned], reduction="none")
+    return nll, row
+
+
+def mean_loss(model: torch.nn.Module, drawn: list[Tokens], pad_id: int, count: int) -> torch.Tensor:
+    """Return the loss of one forward pass: -log p of all learned tokens over ``count``."""
+    batch = collate(drawn, pad_id, next(model.parameters()).device)
+    return negative_log_likelihood(model, batch)[0].sum() / count
 
 
 def backward(
@@ -221,8 +278,7 @@ def backward(
     count = sum(len(t.response) for t in drawn)
     total = torch.zeros((), device=device)
     for i in range(0, len(drawn), config.batch_size):
-        batch = collate(drawn[i : i + config.batch_size], pad_id, device)
-        loss = negative_log_likelihood(model, batch)[0].sum() / count
+        loss = mean_loss(model, drawn[i : i + config.batch_size], pad_id, count)
         loss.backward()
         total += loss.detach()
     return float(total), count

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -94,6 +95,41 @@ def load_model(config: ModelConfig) -> LanguageModel:
         )
         checkpoint({"use_reentrant": False})
     return loaded
+
+
+def stored_tensors(
+    config: ModelConfig, parameters: Mapping[str, torch.Tensor]
+) -> Iterator[torch.Tensor] | None:
+    """Read ``parameters`` again from the model's folder, one at a time, as they were loaded.
+
+    Returns
+    -------
+    iterator or None
+        The tensors in their order and types; None if the folder has no safetensors with all of
+        them under their names. Whether it holds the same numbers is for the caller to see.
+    """
+    files = _safetensors(Path(config.name).expanduser())
+    if config.gguf_file or not parameters.keys() <= files.keys():
+        return None
+    return (
+        _read(files[name], name).to(tensor.dtype).view(tensor.shape)
+        for name, tensor in parameters.items()
+    )
+
+
+def _safetensors(folder: Path) -> dict[str, Path]:
+    """Return in which file of a folder each tensor is."""
+    found: dict[str, Path] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def _read(path: Path, name: str) -> torch.Tensor:
+    """Read one tensor; the file, which counts as memory as far as it was read, is closed again."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def _load_pretrained(config: ModelConfig, dtype: torch.dtype) -> LanguageModel:

@@ -6,7 +6,7 @@ Those of a model on a GPU are tensors there, if Triton is installed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -35,7 +35,13 @@ def as_arrays(tensors: Iterable[torch.Tensor]) -> list[np.ndarray]:
 
 def masters_of(parameters: Mapping[str, torch.Tensor]) -> list[np.ndarray]:
     """Return m_0 = float32(w_0) of each tensor, as memory of its own."""
-    return [p.detach().to("cpu", torch.float32, copy=True).numpy() for p in parameters.values()]
+    return list(masters_in_turn(parameters.values()))
+
+
+def masters_in_turn(tensors: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
+    """Yield m_0 = float32(w_0) of each tensor, as memory of its own."""
+    for tensor in tensors:
+        yield tensor.detach().to("cpu", torch.float32, copy=True).numpy()
 
 
 def device_of(parameters: Mapping[str, torch.Tensor]) -> torch.device | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from ferret_flwr.config import AdapterConfig, Config, DatasetConfig, ModelConfig
@@ -20,13 +21,16 @@ from ferret_flwr.training.adapters import adapted
 from ferret_flwr.training.data import Examples, Split, Tokens, load_examples
 from ferret_flwr.training.errors import DataError, ModelError
 from ferret_flwr.training.evaluation import evaluate
+from ferret_flwr.training.in_place import InPlaceFollower, versions
+from ferret_flwr.training.lean import Applied
 from ferret_flwr.training.local import LocalResult, local_batches, train_locally
-from ferret_flwr.training.models import LanguageModel, load_model
+from ferret_flwr.training.models import LanguageModel, load_model, stored_tensors
 from ferret_flwr.training.optimizers import check_optimizer
 from ferret_flwr.training.partition import partition
 from ferret_flwr.training.tensors import (
     as_arrays,
     device_of,
+    masters_in_turn,
     masters_of,
     masters_on,
     placed,
@@ -89,7 +93,8 @@ class Worker:
         self.follower = Follower(
             self.layout, self._base, config.dtype, lambda arrays: placed(arrays, self.device)
         )
-        self._versions_of_base = self._versions()
+        self.in_place = InPlaceFollower(self.layout, self.parameters, self._bases, config.dtype)
+        self._versions_of_base = versions(self.parameters)
         self._splits: dict[tuple[DatasetConfig, int], Split] = {}
 
     @property
@@ -101,13 +106,22 @@ class Worker:
     def _base(self) -> list[Array]:
         """Return m_0, from the model if it is still there."""
         assert not self.adapter, "what an adapter starts from is nowhere to be loaded"
-        if self._versions() == self._versions_of_base:
+        if self._at_base():
             return masters_on(self.parameters, self.device)
         return masters_on(trainable_parameters(load_model(self.config).model), self.device)
 
-    def _versions(self) -> list[int]:
-        """Return how often each parameter was written to, as torch counts it."""
-        return [parameter._version for parameter in self.parameters.values()]
+    def _at_base(self) -> bool:
+        """Return whether nobody has written to the model."""
+        return versions(self.parameters) == self._versions_of_base
+
+    def _bases(self) -> Iterator[Callable[[], Iterator[np.ndarray]]]:
+        """Yield ways to read m_0 tensor by tensor: from the model, its file, or a new model."""
+        assert not self.adapter, "what an adapter starts from is nowhere to be loaded"
+        if self._at_base():
+            yield lambda: masters_in_turn(self.parameters.values())
+        if (stored := stored_tensors(self.config, self.parameters)) is not None:
+            yield lambda: masters_in_turn(stored)
+        yield lambda: masters_in_turn(trainable_parameters(load_model(self.config).model).values())
 
     def split(self, dataset: DatasetConfig, seed: int) -> Split:
         """Return the examples to train on and the held-out ones, read once."""
@@ -202,8 +216,16 @@ class Node:
             partition_id,
         )
 
-    def train(self, round: int) -> LocalResult:
-        """Train the worker's model in place for one round, showing how far it is."""
+    def train(self, round: int, applied: Applied | None = None) -> LocalResult:
+        """Train the worker's model in place for one round, showing how far it is.
+
+        Parameters
+        ----------
+        round
+            From 1.
+        applied
+            Is told each step if ``train.memory`` is ``"lean"``.
+        """
         progress = Progress()
 
         def show(step: int, steps: int, loss: float) -> None:
@@ -228,6 +250,7 @@ class Node:
             round=round,
             num_rounds=self.config.num_server_rounds,
             progress=show,
+            applied=applied,
         )
 
     def batches(self, round: int) -> Iterator[tuple[list[Tokens], int]]:

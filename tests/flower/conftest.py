@@ -91,8 +91,8 @@ class Federation:
     def numpy_client(self, node: int, run: int = 1) -> FerretClient:
         worker = self.nodes[node].worker
 
-        def train(round, config):  # type: ignore[no-untyped-def]
-            result = self.nodes[node].train(round)
+        def train(round, config, applied=None):  # type: ignore[no-untyped-def]
+            result = self.nodes[node].train(round, applied)
             return len(self.nodes[node].examples), {"train/loss": result.loss}
 
         def evaluate(round, config):  # type: ignore[no-untyped-def]
@@ -101,7 +101,7 @@ class Federation:
         return FerretClient(
             worker.parameters,
             train,
-            worker.follower,
+            worker.in_place if self.config.train.memory == "lean" else worker.follower,
             LedgerCache(self.folder, run, node, snapshots=False),
             evaluate=evaluate,
             partition_id=node,

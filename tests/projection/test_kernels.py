@@ -11,8 +11,8 @@ from ferret_flwr.projection import projection
 from ferret_flwr.projection.families import FAMILIES
 from ferret_flwr.projection.kernels import cpu, cpu_interleaved, reference, tiles
 from ferret_flwr.projection.kernels.segments import Segments
-from ferret_flwr.projection.layout import Blocks, InterleavedBlocks, Layout
-from ferret_flwr.projection.plan import RoundPlan
+from ferret_flwr.projection.layout import Blocks, InterleavedBlocks, Layout, LayoutError
+from ferret_flwr.projection.plan import PlanError, RoundPlan
 from tests.projection.tensors import TRITON, OnTensors, device_of
 
 KERNELS = {"cpu": {"contiguous": cpu, "interleaved": cpu_interleaved}}
@@ -54,6 +54,13 @@ CASES = {  # shapes, and contiguous blocks of a size or interleaved ones of a nu
 TILED = ["prime", "tensors across blocks", "tensors across tiles", "tensors dealt out",
          "tiles dealt out", "rows of many tiles"]  # fmt: skip
 LARGEST = (100, 128, 1000, 2**16)  # how finely the index space is cut for the threads
+
+
+@pytest.fixture(autouse=True)
+def _several_parts(monkeypatch):
+    """Divide small arrays, too."""
+    monkeypatch.setattr(cpu_interleaved, "ELEMENTS_PER_SUM", 1)
+
 
 # A kernel adds at most a tile's products in float32, so by the probabilistic bound of Higham and
 # Mary (2019), |γ − γ_ref| ≤ λ √n u Σ|v Δ| with n = 4096, u = 2⁻²⁴; λ = 6 fails once in 10⁷ sums.
@@ -392,3 +399,49 @@ def test_segments_are_divided_evenly(parts):
     assert (np.diff(bounds) >= 0).all()
     shares = [cost[a:b].sum() for a, b in itertools.pairwise(bounds)]
     assert max(shares) <= cost.sum() / parts + 2 * cost.max()
+
+
+@pytest.mark.parametrize("case", ["tensors across blocks", "tensors dealt out", "tiles dealt out"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_update_in_pieces_projects_as_the_whole(case, family):
+    layout, plan = make(case, family)
+    update = numbers(layout.size)
+    cuts = [i for i in sorted({1, 3, 130, 200, 4999, *layout.offsets}) if i <= layout.size]
+    in_pieces = projection.Projection(layout, plan)
+    for start, stop in reversed(list(itertools.pairwise(cuts))):
+        in_pieces.add(int(start), update[start:stop])
+    expected = reference.project(update, plan)
+    element = 1 if family == "rademacher" else plan.blocks.block_size**-0.5  # at most
+    allowed = ROUNDING * element * np.abs(update).sum()
+    assert (np.abs(in_pieces.coefficients - expected) <= allowed).all()
+    assert not (np.abs(1.01 * in_pieces.coefficients - expected) <= allowed).all()
+
+
+@pytest.mark.parametrize("case", ["tensors across blocks", "tensors dealt out"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensor_by_tensor_are_the_same_bits(case, family):
+    layout, plan = make(case, family)
+    arrays, c = cut(numbers(layout.size), layout), coefficients_for(plan)
+    alone = [array.copy() for array in arrays]
+    projection.subtract(arrays, layout, plan, c)
+    total = 0
+    for i, array in enumerate(alone):
+        projection.subtract_tensor(array, i, layout, plan, c)
+        total += projection.fingerprint_part(array, i, layout)
+    np.testing.assert_array_equal(bits(join(alone)), bits(join(arrays)))
+    assert projection.fingerprint_text(total) == projection.fingerprint(arrays, layout)
+
+
+def test_pieces_that_cannot_be_added():
+    layout, plan = make("tensors dealt out", "rademacher")
+    pieces_of = projection.Projection(layout, plan)
+    for start, piece in (
+        (-1, np.zeros(2, np.float32)),
+        (layout.size - 1, np.zeros(2, np.float32)),
+        (0, np.zeros(2)),
+    ):
+        with pytest.raises(LayoutError, match="a piece must be float32 within"):
+            pieces_of.add(start, piece)
+    with pytest.raises(PlanError, match=f"not finite in tensor '{layout.names[1]}'"):
+        pieces_of.add(int(layout.offsets[1]), np.full(2, np.nan, np.float32))
+    assert not pieces_of.coefficients.any()

@@ -38,6 +38,7 @@ from ferret_flwr.projection.plan import RoundPlan
 
 MOST_PARTS = 64  # of the work of a projection, each with K sums of its own
 SUMS = 2**23  # of all parts together, 64 MiB; more only if K alone is
+ELEMENTS_PER_SUM = 8  # at least, or clearing and adding the sums would be most of the work
 
 
 @jit
@@ -143,10 +144,11 @@ def project(
 ) -> np.ndarray:
     """Return γ of ``before − after``, or of ``before``, as `cpu.project` does: float64, ``(K,)``.
 
-    The sums are added up over a number of parts that K alone decides, so no bit depends on the
-    threads. They take at most 64 MiB, or 8 K bytes where that is more.
+    The sums are added up over a number of parts that K and the number of elements decide, so no bit
+    depends on the threads. They take at most 64 MiB, or 8 K bytes where that is more.
     """
-    parts = min(MOST_PARTS, max(1, SUMS // plan.num_bases))
+    affordable = min(SUMS, int(segments.length.sum()) // ELEMENTS_PER_SUM)
+    parts = min(MOST_PARTS, max(1, affordable // plan.num_bases))
     bounds = segments.divide(segments.length, parts)
     sums = np.zeros((parts, plan.num_bases), dtype=np.float64)
     ends = np.zeros_like(segments.start) if after is None else addresses_of(after, segments)

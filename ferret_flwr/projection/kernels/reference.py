@@ -141,3 +141,32 @@ def fingerprint(parameters: np.ndarray) -> int:
     z = parameters.view(np.uint32).astype(np.uint64) + index * np.uint64(MIX_INDEX)
     z = (z ^ (z >> np.uint64(32))) * np.uint64(MIX_BITS)
     return int((z ^ (z >> np.uint64(32))).sum(dtype=np.uint64))
+
+
+def rounded(values: np.ndarray, seed: int, step: int, start: int) -> np.ndarray:
+    """Return float32 ``values`` as bfloat16, at random up or down so that the mean is exact.
+
+    To the bits of element i a number r_i in 0..2¹⁶−1 is added, and the lower 16 are cut off. So it
+    goes to the neighbour further from zero with the probability of how near it is, exactly. r_i is
+    half-word ``i % 8`` of Philox's output at counter ``(i // 8, step, 0)``.
+
+    Parameters
+    ----------
+    values
+        Finite: float32, ``(n,)``.
+    seed, step
+        Which random numbers.
+    start
+        Index i of the first element.
+
+    Returns
+    -------
+    numpy.ndarray
+        The bits of bfloat16: uint16, ``(n,)``.
+    """
+    index = np.arange(start, start + values.size, dtype=np.int64)
+    words = philox4x32(_counters(index // 8, step, 0), split_key(seed))
+    half = index % 8
+    word = np.take_along_axis(words, (half // 2)[:, None], axis=1)[:, 0]
+    random = word >> (16 * (half % 2)).astype(np.uint32) & np.uint32(0xFFFF)
+    return ((values.view(np.uint32) + random) >> np.uint32(16)).astype(np.uint16)

@@ -41,11 +41,15 @@ class Segments:
         tensor = np.searchsorted(offsets, start, side="right") - 1
         return cls(start, stop - start, tensor, start // block_size, start - offsets[tensor])
 
-    def of_tensor(self, first: int, last: int) -> Segments:
-        """Return segments ``first..last-1``, all of one tensor, as those of tensor 0."""
-        cut = slice(first, last)
-        zero = np.zeros(last - first, dtype=np.int64)
-        return Segments(self.start[cut], self.length[cut], zero, self.block[cut], self.within[cut])
+    @classmethod
+    def of_piece(cls, start: int, size: int, block_size: int, largest: int = LARGEST) -> Segments:
+        """Cut the elements ``start..start+size-1``, which an array of their own holds."""
+        stop = start + size
+        inner = [np.arange(-(-start // n) * n, stop, n) for n in (block_size, largest)]
+        cuts = np.unique(np.concatenate([[start], *inner, [stop]])).astype(np.int64)
+        first = cuts[:-1]
+        zero = np.zeros_like(first)
+        return cls(first, np.diff(cuts), zero, first // block_size, first - start)
 
     def without(self, tensors: Collection[int]) -> Segments:
         """Return the segments that do not lie in ``tensors``."""
