@@ -59,6 +59,8 @@ def _other(key, value):
         return not value
     if isinstance(value, int):
         return value + 1
+    if key == "privacy.secure-threshold":
+        return 0.75
     if isinstance(value, float):
         return value / 2 + 0.125
     return (OTHER_CHOICE | {"tracking": "wandb mlflow"}).get(key, f"another {key}")

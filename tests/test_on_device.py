@@ -134,7 +134,7 @@ def test_snapshots_are_read_wherever_they_were_written(device, tmp_path):
     snapshots = Snapshots(tmp_path)
     for writer, reader in ((there, here), (here, there)):
         written = writer.follower.follow(ledger)
-        snapshots.save(written)
+        snapshots.save(written.fingerprint, written.arrays)
         named = ledger.with_fingerprint(written.fingerprint)
 
         def no_base():
