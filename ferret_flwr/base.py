@@ -2,7 +2,7 @@
 
 Ferret's own app knows a model by its trainable tensors. An app that only plugs Ferret in hands over
 a list of arrays of any kind. Those of floating point are tuned: matrices and whatever has more
-dimensions are projected, and vectors travel exactly if `exact_vectors` says so. They are few and
+dimensions are projected, and vectors travel exactly if ``exact_vectors`` says so. They are few and
 hold what noise would harm most: the running statistics of batch normalisation, scales, biases.
 Integers and booleans, such as counters, stay what they are at the start.
 

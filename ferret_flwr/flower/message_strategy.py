@@ -81,7 +81,7 @@ class MessageFerret(Strategy):
     ledger_path
         Where the ledger is written after each round.
     exact_vectors
-        Send arrays of at most one dimension as they are, see `ferret_flwr.base`.
+        Send arrays of at most one dimension as they are, see `Base`.
     tie_equal
         Tune matrices that are equal at the start as one.
 

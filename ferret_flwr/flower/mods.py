@@ -26,8 +26,8 @@ PROTOCOL = ("round", "seed", "fingerprint", "cached", "partition-id")  # all tha
 def on_coefficients(mod: Mod) -> Mod:
     """Return ``mod`` as it acts on coefficients, for ``ClientApp(mods=[...])``.
 
-    Flower's `fixedclipping_mod` and `LocalDpMod` change the difference between what a node sends
-    and what it received. It received a ledger's rounds, so they are shown zeros instead. An
+    Flower's ``fixedclipping_mod`` and ``LocalDpMod`` change the difference between what a node
+    sends and what it received. It received a ledger's rounds, so they are shown zeros instead. An
     answer that holds no coefficients, but the reason why, passes as it is.
     """
 

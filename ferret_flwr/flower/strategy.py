@@ -88,7 +88,7 @@ class Ferret(Strategy):
     round_timeout
         Seconds to wait for nodes that are asked again within a round; None for as long as it takes.
     exact_vectors
-        Send arrays of at most one dimension as they are, see `ferret_flwr.base`. This and the next
+        Send arrays of at most one dimension as they are, see `Base`. This and the next
         are for nodes that run `ferret_mod`.
     tie_equal
         Tune matrices that are equal at the start as one.

@@ -1,7 +1,7 @@
 """What differs between NumPy arrays and torch tensors, so that the rest need not know.
 
-Arrays lie in the processor's memory and go to `kernels.cpu`; NumPy lacks bfloat16, which is the
-uint16 of its bits. Tensors lie on a GPU and go to `kernels.cuda`. Neither torch nor Triton is
+Arrays lie in the processor's memory and go to ``kernels.cpu``; NumPy lacks bfloat16, which is the
+uint16 of its bits. Tensors lie on a GPU and go to ``kernels.cuda``. Neither torch nor Triton is
 imported before there is a tensor.
 """
 

@@ -1,0 +1,1 @@
+"""Recipes, and Flower projects that Ferret is plugged into."""

@@ -1,0 +1,1 @@
+"""The settings of the paper, and how its data are prepared."""
