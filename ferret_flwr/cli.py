@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ferret_flwr.config import ConfigError, FerretConfig, ModelConfig
-from ferret_flwr.ledger import Ledger, LedgerError, payload_nbytes
+from ferret_flwr.ledger import Ledger, LedgerError, coefficients_nbytes, payload_nbytes
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.allocation import ALLOCATIONS, allocate, expected_fidelity
 from ferret_flwr.projection.families import FAMILIES
@@ -199,7 +199,7 @@ def _plan(options: argparse.Namespace) -> None:
         cosines = [f"cos {np.sqrt(blocks.count / layout.size):.4f} ≈ √(K/d), whatever the update"]
     else:
         plan, kind, cosines = _plan_of_contiguous(options, config, lm, layout, blocks)
-    up = 4 * plan.num_coefficients
+    up = coefficients_nbytes(plan)
     down = payload_nbytes(plan)
     seconds = projection_seconds(plan)
     model_bytes = sum(p.numel() * p.element_size() for p in parameters.values())

@@ -216,6 +216,7 @@ class FerretConfig:
 
     coefficients: int = _within(8192, 1)  # K, numbers a client sends per round
     blocks: int = _within(0, 0)  # L contiguous blocks, at most K; 0 = K interleaved ones
+    number_format: str = _one_of("float32", "float16", "int8")  # of a coefficient on the wire
     family: str = _one_of("rademacher", "truncated-normal")  # of the bases' elements
     bases: str = _one_of("shared", "per-client")  # whose they are
     # Of contiguous blocks only:
@@ -429,6 +430,8 @@ def _private_contradictions(config: Config) -> list[str]:
         "ferret.bases": ("shared", "with bases of their own every node's numbers are published"),
         "strategy.fraction-evaluate": (0.0, "what nodes evaluate has no noise"),
     }
+    if config.privacy.secure_aggregation or mechanism == "local":
+        needs["ferret.number-format"] = ("float32", "noise and masks are added to float32")
     if mechanism == "local":
         needs["ferret.blocks"] = (0, "nodes clip coefficients, which are as long as the update so")
         needs["ferret.family"] = ("rademacher", "nodes clip coefficients by the update's length")

@@ -20,9 +20,10 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from ferret_flwr.files import write_atomic
+from ferret_flwr.projection.encoding import decode, encoded_nbytes
 from ferret_flwr.projection.layout import AnyBlocks, Blocks, InterleavedBlocks
 from ferret_flwr.projection.packing import pack_counts, packed_nbytes, unpack_counts
-from ferret_flwr.projection.plan import PlanError, RoundPlan
+from ferret_flwr.projection.plan import EXACT_NUMBERS, PlanError, RoundPlan
 
 FORMAT = "ferret-ledger-3"
 FORMATS = (
@@ -87,6 +88,9 @@ class Entry:
         Of the float32 parameters after this round; "" while nobody has computed it.
     still
         Positions of the tensors that no client changed, and that nobody reconstructs therefore.
+    encoded
+        ``coefficients`` as they cross the wire if the plan's format is not float32: uint8, a row
+        for each seed.
     """
 
     plan: RoundPlan
@@ -95,9 +99,30 @@ class Entry:
     rate: float
     fingerprint: str = ""
     still: tuple[int, ...] = ()
+    encoded: np.ndarray | None = None
+
+    @classmethod
+    def decoded(
+        cls,
+        plan: RoundPlan,
+        seeds: tuple[int, ...],
+        content: np.ndarray,
+        rate: float,
+        still: tuple[int, ...] = (),
+    ) -> Entry:
+        """Return the entry whose coefficients cross the wire as ``content``."""
+        if plan.numbers == EXACT_NUMBERS:
+            return cls(plan, seeds, content, rate, still=still)
+        if content.ndim != 2:
+            raise PlanError("published coefficients must be a matrix")
+        rows = [decode(row, plan.numbers, plan.num_coefficients) for row in content]
+        coefficients = np.stack(rows) if rows else np.zeros((0, 0), dtype=np.float32)
+        return cls(plan, seeds, coefficients, rate, still=still, encoded=content)
 
     def __post_init__(self) -> None:
         """Refuse what could not be applied."""
+        if (self.plan.numbers == EXACT_NUMBERS) != (self.encoded is None):
+            raise PlanError(f"coefficients in {self.plan.numbers} must be made by `decoded`")
         if self.coefficients.dtype != np.float32 or self.coefficients.ndim != 2:
             raise PlanError("published coefficients must be a float32 matrix")
         if len(self.seeds) != len(self.coefficients) or not self.seeds:
@@ -127,20 +152,20 @@ class Entry:
         meta |= {"seeds": list(self.seeds), "rate": self.rate}
         if self.still:
             meta["still"] = list(self.still)
-        return meta, [counts, self.coefficients]
+        return meta, [counts, self.coefficients if self.encoded is None else self.encoded]
 
     @classmethod
     def unpack(cls, meta: dict[str, Any], arrays: Sequence[np.ndarray], size: int) -> Entry:
         """Return the entry behind what `pack` made, for a model of ``size`` parameters."""
-        counts, coefficients = arrays
+        counts, content = arrays
         plan = unpack_plan(meta, counts, size)
         still = tuple(int(tensor) for tensor in meta.get("still", ()))
-        return cls(plan, tuple(meta["seeds"]), coefficients, float(meta["rate"]), still=still)
+        return cls.decoded(plan, tuple(meta["seeds"]), content, float(meta["rate"]), still)
 
     @property
     def nbytes(self) -> int:
         """Return the size of the two arrays of `pack`, in closed form."""
-        return _counts_nbytes(self.plan) + 4 * self.coefficients.size
+        return _counts_nbytes(self.plan) + len(self.seeds) * coefficients_nbytes(self.plan)
 
 
 def pack_plan(plan: RoundPlan) -> tuple[dict[str, Any], np.ndarray]:
@@ -148,6 +173,8 @@ def pack_plan(plan: RoundPlan) -> tuple[dict[str, Any], np.ndarray]:
     meta: dict[str, Any] = {"round": plan.round, "seed": plan.seed, "family": plan.family}
     if plan.exact:
         meta["exact"] = plan.exact
+    if plan.numbers != EXACT_NUMBERS:
+        meta["numbers"] = plan.numbers
     if plan.interleaved:
         return meta | {"interleaved": plan.blocks.count}, np.zeros(0, dtype=np.uint8)
     return meta | {"block-size": plan.blocks.block_size}, pack_counts(plan.counts)
@@ -163,7 +190,10 @@ def unpack_plan(meta: dict[str, Any], counts: np.ndarray, size: int) -> RoundPla
         bases = unpack_counts(counts) if counts.size else None
     else:
         blocks, bases = Blocks(size, int(meta["block-size"])), unpack_counts(counts)
-    return RoundPlan(int(meta["round"]), int(meta["seed"]), meta["family"], blocks, bases, exact)
+    numbers = meta.get("numbers", EXACT_NUMBERS)
+    return RoundPlan(
+        int(meta["round"]), int(meta["seed"]), meta["family"], blocks, bases, exact, numbers
+    )
 
 
 def _counts_nbytes(plan: RoundPlan) -> int:
@@ -180,7 +210,12 @@ def payload_nbytes(plan: RoundPlan, seeds: int = 1) -> int:
     seeds
         Clients of that round if bases are per client, 1 if they are shared.
     """
-    return 2 * _counts_nbytes(plan) + 4 * seeds * plan.num_coefficients
+    return 2 * _counts_nbytes(plan) + seeds * coefficients_nbytes(plan)
+
+
+def coefficients_nbytes(plan: RoundPlan) -> int:
+    """Return the bytes of one vector of coefficients, in closed form."""
+    return encoded_nbytes(plan.num_coefficients, plan.numbers)
 
 
 @dataclass(frozen=True, eq=False)

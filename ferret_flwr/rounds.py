@@ -14,9 +14,12 @@ import numpy as np
 from ferret_flwr.config import ConfigError, FerretConfig
 from ferret_flwr.ledger import Entry, Ledger
 from ferret_flwr.projection.allocation import allocate
+from ferret_flwr.projection.encoding import encode
 from ferret_flwr.projection.kernels.philox import derive_seed
 from ferret_flwr.projection.layout import AnyBlocks, Blocks, InterleavedBlocks
-from ferret_flwr.projection.plan import RoundPlan
+from ferret_flwr.projection.plan import EXACT_NUMBERS, RoundPlan
+
+PUBLISHED, SENT = 1, 2  # tell the seeds of the server's rounding from those of the nodes'
 
 
 def next_plan(ledger: Ledger, config: FerretConfig, seed: int, exact: int = 0) -> RoundPlan:
@@ -44,7 +47,15 @@ def next_plan(ledger: Ledger, config: FerretConfig, seed: int, exact: int = 0) -
     counts = None
     if isinstance(blocks, Blocks):
         counts = bases_per_block(block_energies(ledger, blocks, config), blocks, config)
-    return RoundPlan(number, derive_seed(seed, number), config.family, blocks, counts, exact)
+    return RoundPlan(
+        number,
+        derive_seed(seed, number),
+        config.family,
+        blocks,
+        counts,
+        exact,
+        config.number_format,
+    )
 
 
 def blocks_for(size: int, config: FerretConfig) -> AnyBlocks:
@@ -151,7 +162,7 @@ def publish(
     Returns
     -------
     Entry
-        With c = rate·γ/(ρ K_l) in float32.
+        With c = rate·γ/(ρ K_l) in float32, rounded to the plan's format.
 
     Raises
     ------
@@ -164,4 +175,29 @@ def publish(
     with np.errstate(over="ignore"):
         coefficients = (rate * rows * plan.unbiased_scale()).astype(np.float32)
     own = tuple(seeds) if seeds else (plan.seed,)
-    return Entry(plan, own, coefficients, rate, still=tuple(still))
+    if plan.numbers == EXACT_NUMBERS:
+        return Entry(plan, own, coefficients, rate, still=tuple(still))
+    for row in coefficients:
+        plan.check_coefficients(row, owner="the aggregate in float32")
+    encoded = np.stack(
+        [
+            encode(row, plan.numbers, derive_seed(plan.seed, PUBLISHED, i))
+            for i, row in enumerate(coefficients)
+        ]
+    )
+    return Entry.decoded(plan, own, encoded, rate, tuple(still))
+
+
+def to_send(projected: np.ndarray, plan: RoundPlan, partition_id: int) -> np.ndarray:
+    """Return a node's γ in the plan's format, see `encoding.encode`.
+
+    Parameters
+    ----------
+    projected
+        γ: ``(K + E,)``.
+    plan
+        The round's bases, with the round's seed whether or not the node's bases are its own.
+    partition_id
+        Which node it is: each rounds by draws of its own, so that the errors average out.
+    """
+    return encode(projected, plan.numbers, derive_seed(plan.seed, SENT, partition_id))

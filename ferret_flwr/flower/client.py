@@ -24,6 +24,7 @@ from ferret_flwr.methods import ferret
 from ferret_flwr.projection.layout import Layout
 from ferret_flwr.projection.plan import RoundPlan
 from ferret_flwr.replica import Replica
+from ferret_flwr.rounds import to_send
 from ferret_flwr.training.in_place import InPlaceFollower, Reached
 from ferret_flwr.training.lean import Applied
 from ferret_flwr.training.tensors import (
@@ -191,7 +192,8 @@ class FerretClient(NumPyClient):
         }
         if update.fidelity is not None:
             answer["ferret/fidelity"] = update.fidelity
-        return [update.coefficients], examples, answer | memory.peaks() | metrics
+        sent = to_send(update.coefficients, plan, self.partition_id)
+        return [sent], examples, answer | memory.peaks() | metrics
 
     def _train(
         self, replica: Replica | Reached, plan: RoundPlan, config: Metrics

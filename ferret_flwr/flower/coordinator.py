@@ -214,7 +214,7 @@ class Coordinator:
             try:
                 check_reply(reply, plan, self.config.bases, rate)
                 if self.check_clipped is not None:
-                    self.check_clipped(reply.arrays[0])
+                    self.check_clipped(reply.gamma(plan))
                 usable.append(reply)
             except Exception as error:  # a stranger may send anything
                 self.refuse(reply.node, reply.about, str(error))

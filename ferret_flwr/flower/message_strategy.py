@@ -172,10 +172,15 @@ class MessageFerret(Strategy):
         accepted = self.coordinator.accept(self._ask_again(list(self._readable(replies))))
         if not accepted:
             return None, None
+        plan = self.coordinator.plan
+        assert plan is not None, "configure_train comes first"
+        scale = self._scale(plan)
+        for reply in accepted:
+            self._show(reply, reply.gamma(plan) * scale)
         aggregate, metrics = self.strategy.aggregate_train(
             server_round, [reply.source for reply in accepted]
         )
-        made = None if aggregate is None else next(iter(aggregate.values())).numpy()
+        made = None if aggregate is None else next(iter(aggregate.values())).numpy() / scale
         published = self.coordinator.publish(made, accepted)
         return (self._arrays() if published else None), metrics
 
@@ -267,7 +272,6 @@ class MessageFerret(Strategy):
         for name, record in message.content.items():
             if isinstance(record, ArrayRecord):
                 tensors.extend(array.data for array in record.values())
-                record = ArrayRecord(dict(zip([COEFFICIENTS], record.values(), strict=False)))
             if name != ABOUT:
                 seen[name] = record
         message.content = seen
@@ -277,6 +281,17 @@ class MessageFerret(Strategy):
         """Return how much a node counts; with shared bases the inner strategy decides."""
         usable = type(weight) is float and math.isfinite(weight) and weight > 0
         return 1 if usable and self.config.bases == "shared" else weight
+
+    def _scale(self, plan: RoundPlan) -> np.ndarray:
+        """Return 1 / √(ρ K_l): what is not a mean may compare lengths, see `inner.aggregate`."""
+        mean = getattr(type(self.strategy), "aggregate_train", None) is FedAvg.aggregate_train
+        return np.sqrt(plan.unbiased_scale()) if not mean else np.ones(1)
+
+    def _show(self, reply: Reply, gamma: np.ndarray) -> None:
+        """Put γ in float32 where the inner strategy looks for arrays."""
+        content = reply.source.content
+        for name in list(content.array_records):
+            content[name] = _record(gamma.astype(np.float32))
 
     def _ask_again(self, replies: list[Reply]) -> list[Reply]:
         """Send nodes what they lack, the base or the whole ledger, and use their new replies."""

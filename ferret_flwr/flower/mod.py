@@ -23,6 +23,7 @@ from ferret_flwr.flower.bases import MissingBaseError, base_of
 from ferret_flwr.flower.cache import LedgerCache, StaleCacheError
 from ferret_flwr.projection.projection import project
 from ferret_flwr.replica import Replica
+from ferret_flwr.rounds import to_send
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,8 @@ class _Turn:
             start = time.perf_counter()
             ((key, record),) = content.array_records.items()
             gamma, trained = self._projected(record)
-            content[key] = ArrayRecord({"0": Array(gamma)})
+            sent = to_send(gamma, self.ask.plan, self.about["partition-id"])
+            content[key] = ArrayRecord({"0": Array(sent)})
             about |= trained | {"time/project_s": time.perf_counter() - start}
         return _with_about(content, about)
 

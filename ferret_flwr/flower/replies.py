@@ -15,6 +15,7 @@ from flwr.server.client_proxy import ClientProxy
 from ferret_flwr.flower import wire
 from ferret_flwr.flower.nodes import UNKNOWN
 from ferret_flwr.ledger import Entry, Ledger
+from ferret_flwr.projection.encoding import decode
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 from ferret_flwr.rounds import publish
 
@@ -50,6 +51,12 @@ class Reply:
         """Return the arrays; raises what NumPy raises if they are none."""
         return parameters_to_ndarrays(Parameters(list(self.tensors), "numpy.ndarray"))
 
+    def gamma(self, plan: RoundPlan) -> np.ndarray:
+        """Return γ: float32, ``(K + E,)``; raises `ValueError` if it is none of ``plan``."""
+        if len(self.arrays) != 1:
+            raise ValueError(f"expected one array, got {len(self.arrays)}")
+        return decode(self.arrays[0], plan.numbers, plan.num_coefficients)
+
     def order(self) -> tuple[int, str]:
         """Return a sorting key: partitions stay what they are, node ids change."""
         partition = self.about.get("partition-id", UNKNOWN)
@@ -81,12 +88,10 @@ def check_reply(reply: Reply, plan: RoundPlan, bases: str, rate: float) -> None:
     if about["seed"] != seed:
         raise ValueError(f"it used the seed {about['seed']!r}, the round's is {seed}")
     check_examples(reply.num_examples)
-    arrays = reply.arrays
-    if len(arrays) != 1 or arrays[0].dtype != np.float32:
-        raise ValueError(f"expected one float32 array, got {[str(a.dtype) for a in arrays]}")
-    plan.check_coefficients(arrays[0], owner="its reply")
+    gamma = reply.gamma(plan)
+    plan.check_coefficients(gamma, owner="its reply")
     try:
-        publish(plan, arrays[0], rate)
+        publish(plan, gamma, rate)
     except PlanError as overflow:
         raise ValueError("its coefficients are too large for float32 when scaled") from overflow
 
@@ -94,7 +99,7 @@ def check_reply(reply: Reply, plan: RoundPlan, bases: str, rate: float) -> None:
 def estimated_norms(replies: Iterable[Reply], plan: RoundPlan) -> list[float]:
     """Return an estimate of each ‖Δ‖ from its γ alone: E Σ γ² / (ρ K_l) = ‖Δ‖²."""
     scale = plan.unbiased_scale()
-    return [math.sqrt(np.square(reply.arrays[0], dtype=np.float64) @ scale) for reply in replies]
+    return [math.sqrt(np.square(reply.gamma(plan), dtype=np.float64) @ scale) for reply in replies]
 
 
 def last_norm(ledger: Ledger) -> float:
@@ -133,6 +138,6 @@ def publish_rows(
 ) -> Entry:
     """Publish each client's coefficients on its own bases, weighted as FedAvg would."""
     weights = np.array([reply.num_examples for reply in accepted], dtype=np.float64)
-    rows = np.stack([reply.arrays[0] for reply in accepted])
+    rows = np.stack([reply.gamma(plan) for reply in accepted])
     seeds = [int(reply.about["seed"]) for reply in accepted]
     return publish(plan, rows * (weights / weights.sum())[:, None], rate, seeds, still)

@@ -44,6 +44,7 @@ from ferret_flwr.flower.private import (
 )
 from ferret_flwr.flower.replies import FitResult, Reply, check_evaluation
 from ferret_flwr.ledger import Header, Ledger, LedgerError
+from ferret_flwr.projection.plan import EXACT_NUMBERS, RoundPlan
 from ferret_flwr.replica import Replica
 
 log = logging.getLogger(__name__)
@@ -329,7 +330,7 @@ class Ferret(Strategy):
             self.strategy,
             plan,
             server_round,
-            [reply.source for reply in accepted],
+            [_as_float32(reply, plan) for reply in accepted],
             failures,
             len(self._configs),
         )
@@ -379,6 +380,14 @@ class Ferret(Strategy):
         cleaned = FitRes(answer.status, answer.parameters, answer.num_examples, metrics)
         tensors = answer.parameters.tensors
         return Reply(client.cid, about, answer.num_examples, tensors, (client, cleaned))
+
+
+def _as_float32(reply: Reply, plan: RoundPlan) -> FitResult:
+    """Return Flower's answer with γ as the inner strategy can compute with it."""
+    client, answer = reply.source
+    if plan.numbers != EXACT_NUMBERS:
+        answer.parameters = ndarrays_to_parameters([reply.gamma(plan)])
+    return client, answer
 
 
 def _ask_for_header(client_manager: ClientManager, least: int) -> Header | None:

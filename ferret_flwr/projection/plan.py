@@ -11,6 +11,8 @@ from ferret_flwr.projection.families import FAMILIES
 from ferret_flwr.projection.layout import AnyBlocks, InterleavedBlocks
 
 MOST_BASES = 2**31 - 1  # of a round
+NUMBERS = ("float32", "float16", "int8")  # formats of a coefficient, see `encoding`
+EXACT_NUMBERS = NUMBERS[0]
 
 
 class PlanError(ValueError):
@@ -36,6 +38,8 @@ class RoundPlan:
         and take None.
     exact
         How many elements follow that are not projected: each has a coefficient of its own.
+    numbers
+        How coefficients cross the wire: one of `NUMBERS`.
     """
 
     round: int
@@ -44,6 +48,7 @@ class RoundPlan:
     blocks: AnyBlocks
     bases_per_block: np.ndarray | None = None
     exact: int = 0
+    numbers: str = EXACT_NUMBERS
 
     def __post_init__(self) -> None:
         """Check what the kernels rely on."""
@@ -51,6 +56,8 @@ class RoundPlan:
             raise PlanError(f"family must be one of {', '.join(FAMILIES)}, got '{self.family}'")
         if not 0 <= self.seed < 2**63:
             raise PlanError(f"seed must be in 0..2^63-1, got {self.seed}")
+        if self.numbers not in NUMBERS:
+            raise PlanError(f"numbers must be one of {', '.join(NUMBERS)}, got '{self.numbers}'")
         if self.exact < 0:
             raise PlanError(f"the number of exact elements must be 0 or more, got {self.exact}")
         if self.interleaved != (self.bases_per_block is None):
