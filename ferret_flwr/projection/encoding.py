@@ -2,8 +2,8 @@
 
 Each `RUN` of coefficients has a scale of its own, the largest magnitude in it. What is rounded lies
 between two numbers of the format, and becomes the upper one with the probability that makes the
-mean exact; the random bits are Philox's of (seed, index). With random signs the coefficients of a round
-are of one size, about ‖Δ‖/√K, so 254 steps over the largest of 256 leave an error of about a
+mean exact; the random bits are Philox's of (seed, index). With random signs the coefficients of a
+round are of one size, about ‖Δ‖/√K: 254 steps over the largest of 256 leave an error of about a
 hundredth of a coefficient, where the projection itself has left √(d/K) times the update.
 """
 

@@ -125,6 +125,7 @@ class Nodes:
         self.folder = folder
         self.ids = list(range(1, count + 1))
         self.config = config or {}
+        self.fresh = True  # each message is a new process; else they share one, as in a simulation
         self.dead: set[int] = set()
         self.turn = Lock()  # nodes are processes of their own, here they share this one
         self.bytes: list[tuple[str, int, int]] = []  # kind of message, bytes down and up
@@ -143,7 +144,8 @@ class Nodes:
         content, down = crossed(message.content)
         kind = message.metadata.message_type
         request = Message(content, dst_node_id=node, message_type=kind)
-        bases._live.clear()
+        if self.fresh:
+            bases._live.clear()
         if node in self.dead:
             return Message(Error(code=1, reason="it is dead"), reply_to=request)
         reply = self.app(request, self.context(node))

@@ -10,6 +10,7 @@ from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 from ferret_flwr.config import ConfigError, FerretConfig
 from ferret_flwr.flower import Ferret
 from ferret_flwr.ledger import Ledger
+from ferret_flwr.projection.encoding import encoded_nbytes
 
 from .conftest import Nodes, start_arrays, train
 
@@ -269,3 +270,29 @@ def test_what_is_changed_around_ferret_is_refused(api, tmp_path):
     setattr(ferret, method, noisy)
     with pytest.raises(ConfigError, match="Ferret must be the outermost"):
         run(ferret, Nodes(app(), tmp_path), 2)
+
+
+@pytest.mark.parametrize("numbers", ["float16", "int8"])
+def test_fewer_bytes_a_coefficient(numbers, api, tmp_path):
+    app, strategy, run = api
+    runs = {}
+    for kind in ("float32", numbers):
+        nodes = Nodes(app(), tmp_path / kind)
+        path = tmp_path / f"{kind}.ledger"
+        config = FerretConfig(coefficients=2048, number_format=kind)
+        ferret = Ferret(strategy(fraction_evaluate=0.0), config, ledger_path=path)
+        arrays, _ = run(ferret, nodes, 2)
+        assert not ferret.refused
+        kept = Ledger.load(path).entries[-1]
+        np.testing.assert_array_equal(kept.coefficients, ferret.ledger.entries[-1].coefficients)
+        runs[kind] = arrays[0], nodes.bytes[-1], ferret.ledger
+    (exact, (_, *whole), ledger), (rounded, (_, *few), other) = runs["float32"], runs[numbers]
+    entry = other.entries[0]
+    assert entry.nbytes == encoded_nbytes(2048 + VECTORS, numbers) == entry.encoded.size
+    for many, fewer in zip(whole, few, strict=True):  # down and up: but for words, what is saved
+        saved = ledger.entries[0].nbytes - entry.nbytes
+        assert many - fewer == pytest.approx(saved, abs=200)
+    scale = np.abs(ledger.entries[0].coefficients).max()
+    error = np.abs(entry.coefficients - ledger.entries[0].coefficients).max()
+    assert 0 < error < scale * {"float16": 2 * 2**-11, "int8": 2 / 127}[numbers]
+    assert np.abs(rounded - exact).max() < 0.1 * np.abs(exact - START["embed"]).max()
