@@ -151,8 +151,9 @@ class MessageFerret(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Plan the round and send each sampled node what it misses."""
+        begun = self.coordinator.base is not None
         held = self._begin(arrays)
-        if server_round > 1 and any(held[name].data != arrays[name].data for name in held):
+        if begun and any(held[name].data != arrays[name].data for name in held):
             raise ConfigError(
                 "a strategy around Ferret has changed the model, which would reach no node: "
                 "Ferret must be the outermost, Ferret(strategy=...)"
