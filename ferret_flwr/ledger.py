@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from ferret_flwr.projection.layout import AnyBlocks, Blocks, InterleavedBlocks
 from ferret_flwr.projection.packing import pack_counts, packed_nbytes, unpack_counts
 from ferret_flwr.projection.plan import EXACT_NUMBERS, PlanError, RoundPlan
 
+FINGERPRINT = re.compile("[0-9a-f]{16}")
 FORMAT = "ferret-ledger-3"
 FORMATS = (
     "ferret-ledger-1",
@@ -57,6 +59,27 @@ class Header:
     size: int
     base: str
     dtype: str = "float32"
+
+    @classmethod
+    def received(cls, values: Mapping[str, Any]) -> Header:
+        """Return the header that a stranger has sent.
+
+        Raises
+        ------
+        LedgerError
+            If it cannot be one: fingerprints are sixteen hexadecimal digits, and name files.
+        """
+        header = cls(**values)
+        named = [isinstance(text, str) for text in (header.layout, header.base, header.dtype)]
+        if not (
+            all(named)
+            and type(header.size) is int
+            and header.size > 0
+            and FINGERPRINT.fullmatch(header.layout)
+            and FINGERPRINT.fullmatch(header.base)
+        ):
+            raise LedgerError(f"there is no such base model: {header}")
+        return header
 
     def check(self, other: Header, owner: str) -> None:
         """Raise `LedgerError` saying how ``other``, the header of ``owner``, differs."""
@@ -115,7 +138,7 @@ class Entry:
             return cls(plan, seeds, content, rate, still=still)
         if content.ndim != 2:
             raise PlanError("published coefficients must be a matrix")
-        rows = [decode(row, plan.numbers, plan.num_coefficients) for row in content]
+        rows = [decode(row, plan.numbers, plan.num_bases, plan.exact) for row in content]
         coefficients = np.stack(rows) if rows else np.zeros((0, 0), dtype=np.float32)
         return cls(plan, seeds, coefficients, rate, still=still, encoded=content)
 
@@ -215,7 +238,7 @@ def payload_nbytes(plan: RoundPlan, seeds: int = 1) -> int:
 
 def coefficients_nbytes(plan: RoundPlan) -> int:
     """Return the bytes of one vector of coefficients, in closed form."""
-    return encoded_nbytes(plan.num_coefficients, plan.numbers)
+    return encoded_nbytes(plan.num_bases, plan.numbers, plan.exact)
 
 
 @dataclass(frozen=True, eq=False)

@@ -181,7 +181,7 @@ def publish(
         plan.check_coefficients(row, owner="the aggregate in float32")
     encoded = np.stack(
         [
-            encode(row, plan.numbers, derive_seed(plan.seed, PUBLISHED, i))
+            encode(row, plan.numbers, derive_seed(plan.seed, PUBLISHED, i), plan.exact)
             for i, row in enumerate(coefficients)
         ]
     )
@@ -200,4 +200,5 @@ def to_send(projected: np.ndarray, plan: RoundPlan, partition_id: int) -> np.nda
     partition_id
         Which node it is: each rounds by draws of its own, so that the errors average out.
     """
-    return encode(projected, plan.numbers, derive_seed(plan.seed, SENT, partition_id))
+    seed = derive_seed(plan.seed, SENT, partition_id)
+    return encode(projected, plan.numbers, seed, plan.exact)

@@ -104,3 +104,39 @@ def test_tied_matrices_are_tuned_once():
         base.tuned([table, *base.arrays[1:3], table * 2, base.arrays[4]])
     free = Base(base.names, base.arrays, tie_equal=False)
     assert free.layout.names == ("embed", "scale", "other", "head", "half")
+
+
+def _other(base, change):
+    names, arrays = list(base.names), [array.copy() for array in base.arrays]
+    change(names, arrays)
+    return Base(tuple(names), tuple(arrays))
+
+
+def _counts_on(names, arrays):
+    arrays[2] += 1
+
+
+def _is_narrower(names, arrays):
+    arrays[1] = arrays[1].astype(np.float32).astype(np.float64)
+    arrays[1] = arrays[1].astype(np.float32)
+
+
+def _differs_beyond_float32(names, arrays):
+    arrays[1][0, 0] = np.nextafter(arrays[1][0, 0], 10)
+
+
+def _is_in_another_order(names, arrays):
+    names[:] = names[::-1]
+    arrays[:] = arrays[::-1]
+
+
+@pytest.mark.parametrize(
+    "change", [_counts_on, _is_narrower, _differs_beyond_float32, _is_in_another_order]
+)
+def test_a_base_is_more_than_its_float32_parameters(change, base):
+    """Nodes keep bases on their disks: another one must not pass for it."""
+    header = Replica(base.layout, base.masters()).header
+    assert base.fits(header)
+    other = _other(base, change)
+    assert not other.fits(header)
+    assert other.layout.fingerprint != base.layout.fingerprint

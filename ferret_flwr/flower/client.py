@@ -13,11 +13,10 @@ from flwr.client import NumPyClient
 from flwr.common import NDArrays, Scalar
 
 from ferret_flwr import memory
-from ferret_flwr.config import ConfigError
 from ferret_flwr.flower import wire
 from ferret_flwr.flower.cache import LedgerCache
 from ferret_flwr.flower.late import failure
-from ferret_flwr.flower.site import Site, check_keys
+from ferret_flwr.flower.site import Site, check_own
 from ferret_flwr.follower import Follower
 from ferret_flwr.ledger import Ledger
 from ferret_flwr.methods import ferret
@@ -120,12 +119,7 @@ class FerretClient(NumPyClient):
             place=lambda arrays: placed(arrays, device),
         )
         own = context.node_config
-        check_keys(own)
-        if asked := sorted(key for key in own if key.startswith("privacy.")):
-            raise ConfigError(
-                f"its node-config sets {asked}, but this app's client adds no noise: give its "
-                "ClientApp mods=[on_coefficients(LocalDpMod(...))]"
-            )
+        check_own(own)
         cache = LedgerCache.of(
             context,
             str(own.get("ferret.cache-dir", "")),
@@ -192,7 +186,7 @@ class FerretClient(NumPyClient):
         }
         if update.fidelity is not None:
             answer["ferret/fidelity"] = update.fidelity
-        sent = to_send(update.coefficients, plan, self.partition_id)
+        sent = to_send(update.coefficients, request.plan, self.partition_id)
         return [sent], examples, answer | memory.peaks() | metrics
 
     def _train(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ferret_flwr import report
+from ferret_flwr.base import Base
 from ferret_flwr.config import ConfigError, FerretConfig
 from ferret_flwr.flower import wire
 from ferret_flwr.flower.nodes import name_of, told
@@ -81,10 +83,6 @@ class Coordinator:
         check_clipped: Callable[[np.ndarray], None] | None = None,
     ) -> None:
         """Know no model yet."""
-        if config.rate_schedule != "constant" and num_rounds < 1:
-            raise ConfigError(
-                f"the server rate is '{config.rate_schedule}': Ferret needs num_rounds"
-            )
         self.config = config
         self.seed = seed
         self.num_rounds = num_rounds
@@ -92,7 +90,7 @@ class Coordinator:
         self.check_clipped = check_clipped
         self.ledger: Ledger | None = None
         self.replica: Replica | None = None
-        self.base: wire.Base | None = None
+        self.base: Base | None = None
         self.plan: RoundPlan | None = None
         self.refused: dict[str, str] = {}
         self.replica_seconds = 0.0
@@ -105,7 +103,7 @@ class Coordinator:
         self,
         ledger: Ledger | None,
         replica: Replica | None = None,
-        base: wire.Base | None = None,
+        base: Base | None = None,
     ) -> None:
         """Start from a ledger, or from a replica's model, which is brought to the ledger's end.
 
@@ -117,11 +115,29 @@ class Coordinator:
         self.ledger, self.replica, self.base = ledger, replica, base
         if base is not None:
             report.show_progress()
-            _tell(base)
+            _tell(base, self.config.coefficients)
         if replica is not None:
             self.ledger = ledger or Ledger(replica.header)
             replica.follow(self.ledger)
             self.ledger = self.ledger.with_fingerprint(replica.fingerprint)
+
+    def begin_from(self, base: Base) -> None:
+        """Start from arrays, and go on from the ledger if there is one.
+
+        Raises
+        ------
+        ConfigError
+            If another run has begun from other arrays.
+        LedgerError
+            If the ledger belongs to another model.
+        """
+        replica = Replica(base.layout, base.masters())
+        if self.base is None:
+            self.begin(self.ledger, replica, base)
+        elif not self.base.fits(replica.header):
+            raise ConfigError(
+                "this Ferret has begun from other initial arrays: make a new one for each run"
+            )
 
     def known(self) -> Ledger:
         """Return the ledger.
@@ -143,6 +159,10 @@ class Coordinator:
     def next_round(self) -> RoundPlan:
         """Plan the coming round."""
         exact = self.base.layout.exact_size if self.base else 0
+        if self.config.rate_schedule != "constant" and self.num_rounds < 1:
+            raise ConfigError(
+                f"the server rate is '{self.config.rate_schedule}': Ferret needs num_rounds"
+            )
         self._traffic = {}
         self.plan = next_plan(self.known(), self.config, self.seed, exact)
         return self.plan
@@ -188,6 +208,7 @@ class Coordinator:
     def lost(self, node: str) -> None:
         """Send the whole ledger next time to a node that could not say what it has."""
         self._reached[node] = 0
+        self._has_base.discard(node)
 
     def silent(self, name: str) -> None:
         """Note a node that did not answer when it was asked again."""
@@ -258,7 +279,9 @@ class Coordinator:
         if aggregate is None:
             log.error("round %d: the inner strategy returned nothing", plan.round)
             return False
-        still = untouched(accepted, len(self.base.layout.names)) if self.base else ()
+        # Which tensors stand still has no noise, so a run with differential privacy does not ask.
+        public = self.base is not None and self.check_clipped is None
+        still = untouched(accepted, len(self.base.layout.names)) if self.base and public else ()
         try:
             if self.config.bases == "per-client":
                 entry = publish_rows(plan, accepted, rate, still)
@@ -296,8 +319,8 @@ class Coordinator:
             "failures": [f"{name}: {why}" for name, why in self.refused.items()],
         }
         for key in SECONDS:
-            told_seconds = [reply.about.get(key) for reply in accepted]
-            row[key] = max((s for s in told_seconds if isinstance(s, int | float)), default=0.0)
+            said = [reply.about.get(key) for reply in accepted]
+            row[key] = max((s for s in said if type(s) is float and math.isfinite(s)), default=0.0)
         return row
 
     def _not_huge(self, replies: list[Reply]) -> list[Reply]:
@@ -333,7 +356,7 @@ class Coordinator:
             )
 
 
-def _tell(base: wire.Base) -> None:
+def _tell(base: Base, coefficients: int) -> None:
     """Log what is projected and what is not."""
     layout = base.layout
     log.info(
@@ -344,6 +367,13 @@ def _tell(base: wire.Base) -> None:
         layout.exact_size,
         len(base.names) - len(layout.names),
     )
+    if layout.exact_size > 4 * coefficients:
+        log.warning(
+            "vectors of %d numbers in all are sent exactly, far more than the %d coefficients: "
+            "exact_vectors=False projects them as well",
+            layout.exact_size,
+            coefficients,
+        )
 
 
 def _vote(replies: list[Reply]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,9 @@ from ferret_flwr.flower.coordinator import Coordinator
 from ferret_flwr.flower.inner import OF_OTHER_MODELS, OF_WEIGHTS
 from ferret_flwr.flower.mod import ABOUT
 from ferret_flwr.flower.nodes import told
-from ferret_flwr.flower.replies import Reply
+from ferret_flwr.flower.replies import Reply, check_examples
 from ferret_flwr.ledger import Ledger
 from ferret_flwr.projection.plan import RoundPlan
-from ferret_flwr.replica import Replica
 
 log = logging.getLogger(__name__)
 
@@ -143,20 +143,23 @@ class MessageFerret(Strategy):
     ) -> Result:
         """Run the rounds as Flower does; ``initial_arrays`` are those of round 0."""
         self._timeout = timeout
-        self.coordinator.num_rounds = self.coordinator.num_rounds or num_rounds
-        arrays = self._begin(initial_arrays)
+        done = len(self.ledger) if self.ledger else 0
+        self.coordinator.num_rounds = self.coordinator.num_rounds or done + num_rounds
+        contents = tuple(array.numpy() for array in initial_arrays.values())
+        self.coordinator.begin_from(
+            Base(tuple(initial_arrays), contents, self.exact_vectors, self.tie_equal)
+        )
+        arrays = self._arrays()
         return super().start(grid, arrays, num_rounds, timeout, *arguments, **others)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Plan the round and send each sampled node what it misses."""
-        begun = self.coordinator.base is not None
-        held = self._begin(arrays)
-        if begun and any(held[name].data != arrays[name].data for name in held):
+        if self.coordinator.base is None:
             raise ConfigError(
-                "a strategy around Ferret has changed the model, which would reach no node: "
-                "Ferret must be the outermost, Ferret(strategy=...)"
+                "Ferret's own start must be called: what a strategy around it does to the model "
+                "would reach no node. Ferret must be the outermost, Ferret(strategy=...)"
             )
         self._grid = grid
         plan = self.coordinator.next_round()
@@ -170,7 +173,8 @@ class MessageFerret(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies, let the inner strategy average them, publish the round."""
         self.coordinator.start_replies()
-        accepted = self.coordinator.accept(self._ask_again(list(self._readable(replies))))
+        replied = self._ask_again(list(self._readable(replies)))
+        accepted = self.coordinator.accept(self._alike(replied))
         if not accepted:
             return None, None
         plan = self.coordinator.plan
@@ -178,9 +182,13 @@ class MessageFerret(Strategy):
         scale = self._scale(plan)
         for reply in accepted:
             self._show(reply, reply.gamma(plan) * scale)
-        aggregate, metrics = self.strategy.aggregate_train(
-            server_round, [reply.source for reply in accepted]
-        )
+        try:
+            aggregate, metrics = self.strategy.aggregate_train(
+                server_round, [reply.source for reply in accepted]
+            )
+        except ValueError as error:  # such as of too few replies
+            log.error("round %d is not published: %r: %s", plan.round, self.strategy, error)
+            return None, None
         made = None if aggregate is None else next(iter(aggregate.values())).numpy() / scale
         published = self.coordinator.publish(made, accepted)
         return (self._arrays() if published else None), metrics
@@ -189,7 +197,6 @@ class MessageFerret(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send each node that the inner strategy chose what it misses."""
-        self._begin(arrays)
         nothing = _record(np.zeros(1, dtype=np.float32))
         chosen = self.strategy.configure_evaluate(server_round, nothing, config, grid)
         return [self._request(message, None) for message in chosen]
@@ -203,30 +210,27 @@ class MessageFerret(Strategy):
             self.coordinator.refused = {}
         usable = []
         for reply in self._readable(answered):
-            if error := reply.about.get("error"):
+            try:
+                if error := reply.about.get("error"):
+                    raise ValueError(str(error))
+                check_examples(reply.num_examples)
+            except ValueError as error:
                 self.coordinator.refuse(reply.node, reply.about, str(error))
             else:
                 self.coordinator.reached(reply.node, reply.about)
-                usable.append(reply.source)
-        return self.strategy.aggregate_evaluate(server_round, usable)
+                usable.append(reply)
+        return self.strategy.aggregate_evaluate(
+            server_round, [reply.source for reply in self._alike(usable)]
+        )
 
     def summary(self) -> None:
         """Say what crosses the wire, then what the inner strategy says."""
         log.info("%d coefficients a round instead of the arrays", self.config.coefficients)
         self.strategy.summary()
 
-    def _begin(self, arrays: ArrayRecord) -> ArrayRecord:
-        """Start from ``arrays`` unless it has begun; return the model at the ledger's end."""
-        if self.coordinator.base is None:
-            contents = tuple(array.numpy() for array in arrays.values())
-            base = Base(tuple(arrays), contents, self.exact_vectors, self.tie_equal)
-            replica = Replica(base.layout, base.masters())
-            self.coordinator.begin(self.ledger, replica, base)
-        return self._arrays()
-
     def _arrays(self) -> ArrayRecord:
         base, replica = self.coordinator.base, self.coordinator.replica
-        assert base is not None and replica is not None, "_begin comes first"
+        assert base is not None and replica is not None, "start comes first"
         return ArrayRecord(
             {n: Array(a) for n, a in zip(base.names, base.at(replica.arrays), strict=True)}
         )
@@ -248,6 +252,7 @@ class MessageFerret(Strategy):
             dst_node_id=node,
             message_type=message.metadata.message_type,
             group_id=message.metadata.group_id,
+            ttl=message.metadata.ttl,
         )
 
     def _readable(self, replies: Iterable[Message]) -> Iterator[Reply]:
@@ -266,17 +271,46 @@ class MessageFerret(Strategy):
         """Return a reply as the coordinator sees it, and make it what the inner one shall see."""
         self.coordinator.weigh(node, up=recorddict_to_proto(message.content).ByteSize())
         about, _ = wire.about(message.content.config_records.get(ABOUT, {}))
-        key = getattr(self.strategy, "weighted_by_key", "num-examples")
-        weights = [record.get(key, 1) for record in message.content.metric_records.values()]
-        tensors: list[bytes] = []
-        seen = RecordDict()
-        for name, record in message.content.items():
-            if isinstance(record, ArrayRecord):
-                tensors.extend(array.data for array in record.values())
-            if name != ABOUT:
-                seen[name] = record
-        message.content = seen
-        return Reply(node, about, self._weight(weights[0] if weights else 1), tensors, message)
+        records = message.content.array_records
+        tensors = [array.data for record in records.values() for array in record.values()]
+        weight: Any = None
+        if "error" not in about:
+            metrics = list(message.content.metric_records.values())
+            key = getattr(self.strategy, "weighted_by_key", "num-examples")
+            if len(records) > 1 or len(metrics) != 1 or key not in metrics[0]:
+                raise ValueError(
+                    f"it needs one ArrayRecord to train and one MetricRecord with '{key}', got "
+                    f"{sorted(message.content)}"
+                )
+            weight = self._weight(metrics[0][key])
+        message.content = RecordDict({n: r for n, r in message.content.items() if n != ABOUT})
+        return Reply(node, about, weight, tensors, message)
+
+    def _alike(self, replies: list[Reply]) -> list[Reply]:
+        """Leave out whose metrics are finite not, or not named as most are: Flower would end."""
+        names = Counter(
+            frozenset(next(iter(reply.source.content.metric_records.values())))
+            for reply in replies
+            if "error" not in reply.about
+        )
+        kept = []
+        for reply in replies:
+            if "error" in reply.about:  # which the coordinator names
+                kept.append(reply)
+                continue
+            (metrics,) = reply.source.content.metric_records.values()
+            values = np.concatenate([np.ravel(value) for value in metrics.values()])
+            if frozenset(metrics) != names.most_common(1)[0][0]:
+                self.coordinator.refuse(
+                    reply.node, reply.about, f"its metrics are {sorted(metrics)}, others' differ"
+                )
+            elif not np.isfinite(values.astype(np.float64)).all():
+                self.coordinator.refuse(
+                    reply.node, reply.about, f"its metrics are not finite: {dict(metrics)}"
+                )
+            else:
+                kept.append(reply)
+        return kept
 
     def _weight(self, weight: Any) -> Any:
         """Return how much a node counts; with shared bases the inner strategy decides."""
@@ -292,7 +326,8 @@ class MessageFerret(Strategy):
         """Put γ in float32 where the inner strategy looks for arrays."""
         content = reply.source.content
         for name in list(content.array_records):
-            content[name] = _record(gamma.astype(np.float32))
+            del content[name]
+        content["arrays"] = _record(gamma.astype(np.float32))
 
     def _ask_again(self, replies: list[Reply]) -> list[Reply]:
         """Send nodes what they lack, the base or the whole ledger, and use their new replies."""

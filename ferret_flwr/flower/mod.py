@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,14 @@ from ferret_flwr.base import Base, BaseError
 from ferret_flwr.flower import wire
 from ferret_flwr.flower.bases import MissingBaseError, base_of
 from ferret_flwr.flower.cache import LedgerCache, StaleCacheError
+from ferret_flwr.flower.site import check_asked, check_own
 from ferret_flwr.projection.projection import project
 from ferret_flwr.replica import Replica
 from ferret_flwr.rounds import to_send
 
 log = logging.getLogger(__name__)
 
+ASKED = ("base", "partition-id")  # by Ferret, of nodes that have no client of its own
 ABOUT = "ferret"  # the record of a reply in which the mod speaks to the server
 LEGACY = {"train": "fitres", "evaluate": "evaluateres"}  # how the replies of NumPyClients begin
 
@@ -54,7 +57,7 @@ def ferret_mod(message: Message, context: Context, call_next: ClientAppCallable)
     """
     content = message.content
     asked = content.config_records.get("getpropertiesins.config", ConfigRecord()).get("ask")
-    if asked is not None:
+    if asked in ASKED:
         answer = {"base": wire.FROM_SERVER, "partition-id": _partition_of(context)}
         return Message(_properties(answer), reply_to=message)
     if not any(wire.KEY in record for record in content.config_records.values()):
@@ -104,12 +107,21 @@ class _Turn:
     def of(cls, content: RecordDict, context: Context) -> _Turn:
         """Bring the node's model to where the server's is."""
         start = time.perf_counter()
-        ((key, packed),) = content.array_records.items()
+        own = context.node_config
+        check_own(own)
+        key, packed = _only(content.array_records, "the request")
         settings = next(r for r in content.config_records.values() if wire.KEY in r)
         ask = wire.decode([a.numpy() for a in packed.values() if a.data], settings)
-        cache = LedgerCache.of(context, str(context.node_config.get("ferret.cache-dir", "")))
+        cache = LedgerCache.of(
+            context,
+            str(own.get("ferret.cache-dir", "")),
+            snapshots=bool(own.get("ferret.snapshots", True)),
+        )
         ledger = cache.complete(ask)
         base, follower = base_of(ask, cache.folder)
+        if ask.plan is not None:
+            most = int(own.get("ferret.coefficients", 0)) + base.layout.exact_size
+            check_asked(ask.plan, most if "ferret.coefficients" in own else base.layout.size)
         replica = follower.follow(ledger, cache.snapshots)
         about = {
             "partition-id": _partition_of(context),
@@ -138,7 +150,7 @@ class _Turn:
         about = self.about | {"time/local_s": seconds}
         if self.ask.plan is not None:
             start = time.perf_counter()
-            ((key, record),) = content.array_records.items()
+            key, record = _only(content.array_records, "the app's reply")
             gamma, trained = self._projected(record)
             sent = to_send(gamma, self.ask.plan, self.about["partition-id"])
             content[key] = ArrayRecord({"0": Array(sent)})
@@ -160,6 +172,13 @@ class _Turn:
             i for i, (a, b) in enumerate(zip(before, after, strict=True)) if np.array_equal(a, b)
         ]
         return gamma, {"round": plan.round, "seed": seed, "still": still}
+
+
+def _only(records: Mapping[str, ArrayRecord], owner: str) -> tuple[str, ArrayRecord]:
+    """Return the one record of arrays and its name."""
+    if len(records) != 1:
+        raise BaseError(f"{owner} must hold one ArrayRecord, got {sorted(records)}")
+    return next(iter(records.items()))
 
 
 def _partition_of(context: Context) -> int:

@@ -17,6 +17,7 @@ from flwr.common.secure_aggregation.secaggplus_constants import (
 from flwr.compat.common import recorddict_compat as compat
 
 from ferret_flwr.config import ConfigError, PrivacyConfig
+from ferret_flwr.flower import wire
 from ferret_flwr.flower.private import not_all_zero
 from ferret_flwr.flower.site import Site
 
@@ -131,6 +132,7 @@ def _show(mod: Mod, msg: Message, ctxt: Context, answer: Message, reply: FitRes)
     """Let ``mod`` change ``reply`` as if the node had been sent zeros."""
     (projected,) = parameters_to_ndarrays(reply.parameters)
     reply.parameters = ndarrays_to_parameters([not_all_zero(projected)])
+    reply.metrics = wire.without_still(reply.metrics)
     answer.content = compat.fitres_to_recorddict(reply, keep_input=True)
     request = compat.recorddict_to_fitins(msg.content, keep_input=True)
     request.parameters = ndarrays_to_parameters([np.zeros_like(projected)])

@@ -133,6 +133,8 @@ def check_lengths(config: FerretConfig, owner: str) -> None:
             f"{owner} clips what a node sends by its length: that is the update's with "
             "'ferret.blocks' = 0 and 'ferret.family' = 'rademacher' only"
         )
+    if config.number_format != "float32":
+        raise ConfigError(f"{owner} changes numbers: 'ferret.number-format' must be 'float32'")
 
 
 def wrapper_of(links: Sequence[Strategy]) -> Strategy | None:

@@ -55,7 +55,7 @@ class Reply:
         """Return γ: float32, ``(K + E,)``; raises `ValueError` if it is none of ``plan``."""
         if len(self.arrays) != 1:
             raise ValueError(f"expected one array, got {len(self.arrays)}")
-        return decode(self.arrays[0], plan.numbers, plan.num_coefficients)
+        return decode(self.arrays[0], plan.numbers, plan.num_bases, plan.exact)
 
     def order(self) -> tuple[int, str]:
         """Return a sorting key: partitions stay what they are, node ids change."""

@@ -13,6 +13,7 @@ from typing import Any
 from flwr.app import Context
 
 from ferret_flwr.config import Config, ConfigError, flatten, parse
+from ferret_flwr.projection.plan import RoundPlan
 
 OWN_KEYS = ("partition-id", "num-partitions")
 
@@ -129,6 +130,37 @@ def check_keys(own: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"allowed are {', '.join(known)}"
             raise ConfigError(f"its node-config cannot set '{key}'; {hint}")
+
+
+def check_own(own: Mapping[str, Any]) -> None:
+    """Refuse a node-config that a client without the app's mods could not obey.
+
+    Raises
+    ------
+    ConfigError
+        Naming the keys.
+    """
+    check_keys(own)
+    if asked := sorted(key for key in own if key.startswith("privacy.")):
+        raise ConfigError(
+            f"its node-config sets {asked}, but this app's client adds no noise: give its "
+            "ClientApp mods=[on_coefficients(LocalDpMod(...))]"
+        )
+
+
+def check_asked(plan: RoundPlan, most: int) -> None:
+    """Refuse a plan with more coefficients than the node gives: they are what a reply can reveal.
+
+    Raises
+    ------
+    ConfigError
+        Naming both numbers.
+    """
+    if plan.num_coefficients > most:
+        raise ConfigError(
+            f"the server asks for K = {plan.num_coefficients} coefficients, this node gives at "
+            f"most {most}, see 'ferret.coefficients' of a node-config"
+        )
 
 
 def _check_trust(run: Mapping[str, Any], own: Mapping[str, Any]) -> None:

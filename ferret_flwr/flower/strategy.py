@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,10 @@ class Ferret(Strategy):
                 f"'ferret.bases' = 'per-client' needs FedAvg inside, got {strategy!r}: numbers on "
                 "different bases cannot be aggregated otherwise"
             )
+        if self.config.rate_schedule != "constant" and num_rounds < 1:
+            raise ConfigError(
+                f"the server rate is '{self.config.rate_schedule}': Ferret needs num_rounds"
+            )
         self.coordinator = Coordinator(
             self.config,
             seed=seed,
@@ -182,13 +186,12 @@ class Ferret(Strategy):
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters | None:
         """Learn what the run starts from: initial parameters, the replica, or what nodes say."""
         initial = self.strategy.initialize_parameters(client_manager)
-        if self.replica is None and initial is None and self.ledger is None:
+        if self.replica is None and initial is None:
             *_, innermost = inner.chain(self.strategy)
             least = getattr(innermost, "min_available_clients", 1)
-            header = _ask_for_header(client_manager, least)
-            if header is not None:
+            if self.ledger is None and (header := _ask_for_header(client_manager, least)):
                 self.coordinator.begin(Ledger(header))
-            else:
+            elif self.ledger is None or _start_from_server(client_manager, least):
                 initial = _ask_for_parameters(client_manager)
         if self.replica is None and initial is not None:
             if self.secure:
@@ -199,8 +202,7 @@ class Ferret(Strategy):
             arrays = tuple(parameters_to_ndarrays(initial))
             names = tuple(str(i) for i in range(len(arrays)))
             base = Base(names, arrays, self.exact_vectors, self.tie_equal)
-            replica = Replica(base.layout, base.masters())
-            self.coordinator.begin(self.ledger, replica, base)
+            self.coordinator.begin_from(base)
         return self._parameters()
 
     def configure_fit(
@@ -237,7 +239,7 @@ class Ferret(Strategy):
             if self.secure:  # it could not say whether its ledger was stale
                 coordinator.lost(node)
             log.warning("node %s did not take part in round %d", node, coordinator.round)
-        replies = [self._reply_of(client, answer) for client, answer in results]
+        replies = self._replies_of(results)
         if not self.secure:
             replies = self._ask_again(replies, server_round)
         accepted = coordinator.accept(replies)
@@ -369,7 +371,17 @@ class Ferret(Strategy):
         for cid in names.keys() - {client.cid for client, _ in again}:
             self.coordinator.silent(names[cid])
         others = [reply for reply in replies if reply not in stale]
-        return others + [self._reply_of(client, answer) for client, answer in again]
+        return others + self._replies_of(again)
+
+    def _replies_of(self, results: list[FitResult]) -> list[Reply]:
+        """Return the answers that can be read; the other nodes are named and left out."""
+        replies = []
+        for client, answer in results:
+            try:
+                replies.append(self._reply_of(client, answer))
+            except Exception as error:  # a stranger may send anything
+                self.coordinator.refuse(client.cid, {}, f"its reply cannot be read: {error!r}")
+        return replies
 
     def _reply_of(self, client: ClientProxy, answer: FitRes) -> Reply:
         """Return an answer as the coordinator sees it, and as the inner strategy shall see it."""
@@ -442,10 +454,7 @@ def _header_of(client: ClientProxy) -> Header | None:
         return None
     if missing := set(HEADER_FIELDS) - set(answer):
         raise ValueError(f"it does not say its {sorted(missing)}: it must use FerretClient")
-    header = Header(**{name: answer[name] for name in HEADER_FIELDS})  # type: ignore[arg-type]
-    if [type(value) for value in astuple(header)] != [str, int, str, str] or header.size < 1:
-        raise ValueError(f"there is no such base model: {header}")
-    return header
+    return Header.received({name: answer[name] for name in HEADER_FIELDS})
 
 
 def _ask_for_parameters(client_manager: ClientManager) -> Parameters:
@@ -453,4 +462,15 @@ def _ask_for_parameters(client_manager: ClientManager) -> Parameters:
     (client,) = client_manager.sample(1)
     log.info("asking node %s for the initial parameters", client.cid)
     question = GetParametersIns(config={})
-    return client.get_parameters(question, timeout=HEADER_SECONDS, group_id=0).parameters
+    told_by = client.get_parameters(question, timeout=HEADER_SECONDS, group_id=0).parameters
+    if not told_by.tensors:
+        raise LedgerError(
+            f"node {client.cid} has no parameters to start from: give the strategy inside Ferret "
+            "its initial_parameters, or the nodes' NumPyClient a get_parameters"
+        )
+    return told_by
+
+
+def _start_from_server(client_manager: ClientManager, least: int) -> bool:
+    """Return whether the nodes run `ferret_mod`, as those did whose ledger is continued."""
+    return _ask_for_header(client_manager, least) is None

@@ -171,7 +171,7 @@ def decode(arrays: Sequence[np.ndarray], config: Mapping[str, Any]) -> Request:
             )
         if type(values["since"]) is not int or values["since"] < 0:
             raise ValueError(f"it builds on {values['since']!r} rounds")
-        header = Header(**values["header"])
+        header = Header.received(values["header"])
         rest = list(arrays)
         plan = None
         if values["plan"] is not None:
@@ -213,9 +213,17 @@ def about(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         return rest, rest
     try:
         said = json.loads(rest.pop(KEY))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         said = None
     return (said if isinstance(said, dict) else {}), rest
+
+
+def without_still(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a reply's metrics without what `ferret_mod` says of tensors: it has no noise."""
+    said, rest = about(metrics)
+    if KEY not in metrics:
+        return rest
+    return rest | {KEY: json.dumps({k: v for k, v in said.items() if k != "still"})}
 
 
 def node_seed(plan: RoundPlan, bases: str, partition_id: int) -> int:

@@ -21,46 +21,49 @@ STEPS = 127  # of int8, to either side
 BYTES = dict(zip(NUMBERS, (4, 2, 1), strict=True))
 
 
-def encoded_nbytes(count: int, numbers: str) -> int:
-    """Return the size of ``count`` encoded coefficients, in closed form."""
+def encoded_nbytes(count: int, numbers: str, exact: int = 0) -> int:
+    """Return the size of ``count`` encoded coefficients and ``exact`` more, in closed form."""
     scales = 0 if numbers == EXACT_NUMBERS else 4 * math.ceil(count / RUN)
-    return BYTES[numbers] * count + scales
+    return BYTES[numbers] * count + scales + 4 * exact
 
 
-def encode(coefficients: np.ndarray, numbers: str, seed: int) -> np.ndarray:
+def encode(coefficients: np.ndarray, numbers: str, seed: int, exact: int = 0) -> np.ndarray:
     """Return ``coefficients`` as they cross the wire.
 
     Parameters
     ----------
     coefficients
-        Finite in float32: ``(n,)``.
+        Finite in float32: ``(n + exact,)``.
     numbers
         One of `NUMBERS`.
     seed
         Of the rounding.
+    exact
+        How many, at the end, stay in float32.
 
     Returns
     -------
     numpy.ndarray
-        float32, ``(n,)``; or, of the other formats, scales and numbers as bytes: uint8.
+        float32, ``(n + exact,)``; or, of the other formats, scales, numbers and what is exact, as
+        bytes: uint8.
     """
-    values = np.asarray(coefficients, dtype=np.float32)
+    values = np.ascontiguousarray(coefficients, dtype=np.float32)
     if numbers == EXACT_NUMBERS:
         return values
+    values, tail = np.split(values, [values.size - exact])
     scales = _scales(values)
-    ratios = values.astype(np.float64) / np.maximum(
-        _spread(scales, values.size), np.float64(1e-300)
-    )
+    spread = _spread(scales, values.size).astype(np.float64)
+    ratios = np.divide(values, spread, out=np.zeros(values.size), where=spread > 0)
     draws = _uniform(values.size, seed)
     if numbers == "int8":
         kept = np.floor(ratios * STEPS + draws).astype(np.int8)
     else:
         kept = _to_float16(ratios, draws)
-    return np.concatenate([scales.view(np.uint8), kept.view(np.uint8)])
+    return np.concatenate([part.view(np.uint8) for part in (scales, kept, tail)])
 
 
-def decode(encoded: np.ndarray, numbers: str, count: int) -> np.ndarray:
-    """Return the coefficients behind what `encode` made: float32, ``(count,)``.
+def decode(encoded: np.ndarray, numbers: str, count: int, exact: int = 0) -> np.ndarray:
+    """Return the coefficients behind what `encode` made: float32, ``(count + exact,)``.
 
     Raises
     ------
@@ -68,20 +71,24 @@ def decode(encoded: np.ndarray, numbers: str, count: int) -> np.ndarray:
         If ``encoded`` is no such array.
     """
     kind = np.float32 if numbers == EXACT_NUMBERS else np.uint8
-    length = count if numbers == EXACT_NUMBERS else encoded_nbytes(count, numbers)
+    plain = numbers == EXACT_NUMBERS
+    length = count + exact if plain else encoded_nbytes(count, numbers, exact)
     if encoded.dtype != kind or encoded.shape != (length,):
         raise PlanError(
-            f"{count} coefficients in {numbers} are {length} numbers of {np.dtype(kind)}, got "
+            f"{count + exact} coefficients in {numbers} are {length} of {np.dtype(kind)}, got "
             f"{encoded.dtype} {encoded.shape}"
         )
-    if numbers == EXACT_NUMBERS:
+    if plain:
         return encoded
-    head = 4 * math.ceil(count / RUN)
-    content = np.ascontiguousarray(encoded)
-    scales = _spread(content[:head].view(np.float32), count)
+    # Copied, as views of other types want their alignment.
+    cuts = np.cumsum([4 * math.ceil(count / RUN), BYTES[numbers] * count])
+    scales, kept, tail = (part.copy() for part in np.split(encoded, cuts))
+    spread = _spread(scales.view(np.float32), count)
     if numbers == "int8":
-        return content[head:].view(np.int8).astype(np.float32) * (scales / np.float32(STEPS))
-    return content[head:].view(np.float16).astype(np.float32) * scales
+        values = kept.view(np.int8).astype(np.float32) * (spread / np.float32(STEPS))
+    else:
+        values = kept.view(np.float16).astype(np.float32) * spread
+    return np.concatenate([values, tail.view(np.float32)])
 
 
 def _scales(values: np.ndarray) -> np.ndarray:

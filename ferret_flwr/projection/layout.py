@@ -29,11 +29,14 @@ class Layout:
         One per tensor, in ``named_parameters()`` order, tied tensors once.
     exact
         How many of the tensors, the last ones, are not projected but sent as they are.
+    beside
+        Digest of what else must be the same for two models to be alike, "" if nothing must.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     exact: int = 0
+    beside: str = ""
 
     def __post_init__(self) -> None:
         """Check that something is left to project."""
@@ -74,7 +77,9 @@ class Layout:
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change with any name, shape or order."""
         parts: list[Any] = [self.names, self.shapes]
-        text = json.dumps(parts + [self.exact] * bool(self.exact), separators=(",", ":"))
+        if self.exact or self.beside:
+            parts += [self.exact, self.beside]
+        text = json.dumps(parts, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check(self, arrays: Sequence[Any]) -> None:

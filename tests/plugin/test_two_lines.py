@@ -4,7 +4,6 @@ import flwr.server.strategy
 import flwr.serverapp.strategy
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord
 from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 
 from ferret_flwr.config import ConfigError, FerretConfig
@@ -12,7 +11,7 @@ from ferret_flwr.flower import Ferret
 from ferret_flwr.ledger import Ledger
 from ferret_flwr.projection.encoding import encoded_nbytes
 
-from .conftest import Nodes, start_arrays, train
+from .conftest import Nodes, legacy_fedavg, numpy_app, run_legacy, start_arrays, train
 
 START = start_arrays()
 TUNED = ["embed", "half", "frozen", "head"]
@@ -170,8 +169,6 @@ def test_what_an_app_returns_is_checked(spoil, reason, api, tmp_path):
 
 def test_nodes_tell_what_they_start_from(tmp_path):
     """A legacy strategy without initial parameters asks a node for them, as Flower does."""
-    from .conftest import legacy_fedavg, numpy_app, run_legacy
-
     nodes = Nodes(numpy_app(), tmp_path / "a")
     told = Ferret(legacy_fedavg(start=False), FerretConfig(coefficients=64))
     given = Ferret(legacy_fedavg(), FerretConfig(coefficients=64))
@@ -251,25 +248,18 @@ def test_strategies_of_weights_are_refused_by_name(kind):
             Ferret(strategy.__new__(strategy))
 
 
-def test_what_is_changed_around_ferret_is_refused(api, tmp_path):
-    """It would reach no node: a wrapper for differential privacy would give none."""
-    app, strategy, run = api
-    ferret = Ferret(strategy(), FerretConfig(coefficients=64))
-    legacy = strategy.__name__ == "legacy_fedavg"
-    method = "aggregate_fit" if legacy else "aggregate_train"
-    whole = getattr(ferret, method)
+def test_what_is_changed_around_ferret_is_refused(tmp_path):
+    """It would reach no node; in the Message API nothing but Ferret's own start starts a run."""
+    ferret = Ferret(legacy_fedavg(), FerretConfig(coefficients=64))
+    whole = ferret.aggregate_fit
 
     def noisy(*arguments, **named):
         arrays, metrics = whole(*arguments, **named)
-        if legacy:
-            return ndarrays_to_parameters([a + 1 for a in parameters_to_ndarrays(arrays)]), metrics
-        return ArrayRecord(
-            {n: Array(np.asarray(a.numpy() + 1)) for n, a in arrays.items()}
-        ), metrics
+        return ndarrays_to_parameters([a + 1 for a in parameters_to_ndarrays(arrays)]), metrics
 
-    setattr(ferret, method, noisy)
+    ferret.aggregate_fit = noisy
     with pytest.raises(ConfigError, match="Ferret must be the outermost"):
-        run(ferret, Nodes(app(), tmp_path), 2)
+        run_legacy(ferret, Nodes(numpy_app(), tmp_path), 2)
 
 
 @pytest.mark.parametrize("numbers", ["float16", "int8"])
@@ -288,11 +278,14 @@ def test_fewer_bytes_a_coefficient(numbers, api, tmp_path):
         runs[kind] = arrays[0], nodes.bytes[-1], ferret.ledger
     (exact, (_, *whole), ledger), (rounded, (_, *few), other) = runs["float32"], runs[numbers]
     entry = other.entries[0]
-    assert entry.nbytes == encoded_nbytes(2048 + VECTORS, numbers) == entry.encoded.size
+    assert entry.nbytes == encoded_nbytes(2048, numbers, VECTORS) == entry.encoded.size
     for many, fewer in zip(whole, few, strict=True):  # down and up: but for words, what is saved
         saved = ledger.entries[0].nbytes - entry.nbytes
         assert many - fewer == pytest.approx(saved, abs=200)
     scale = np.abs(ledger.entries[0].coefficients).max()
     error = np.abs(entry.coefficients - ledger.entries[0].coefficients).max()
     assert 0 < error < scale * {"float16": 2 * 2**-11, "int8": 2 / 127}[numbers]
+    np.testing.assert_array_equal(
+        entry.coefficients[0, 2048:], ledger.entries[0].coefficients[0, 2048:]
+    )
     assert np.abs(rounded - exact).max() < 0.1 * np.abs(exact - START["embed"]).max()

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from ferret_flwr.projection.encoding import RUN, decode, encode, encoded_nbytes
-from ferret_flwr.projection.plan import NUMBERS, PlanError
+from ferret_flwr.projection.layout import InterleavedBlocks
+from ferret_flwr.projection.plan import NUMBERS, PlanError, RoundPlan
+from ferret_flwr.rounds import to_send
 
 SMALL = ("float16", "int8")
 STEP = {"float16": 2**-11, "int8": 1 / 127}  # of numbers up to 1: the largest distance of two
@@ -73,11 +75,28 @@ def test_rounding_has_no_bias():
 def test_nodes_round_by_draws_of_their_own(kind):
     """The mean of many nodes is nearer than any of them."""
     values = numbers(2048)
-    single = [decode(encode(values, kind, seed), kind, values.size) for seed in range(64)]
-    error = np.sqrt(np.mean((np.mean(single, axis=0) - values) ** 2))
-    one = np.sqrt(np.mean((single[0] - values) ** 2))
-    assert error < one / 6  # 8 is expected, and 1 if they shared their draws
-    np.testing.assert_array_equal(encode(values, kind, 3), encode(values, kind, 3))
+    plan = RoundPlan(1, 9, "rademacher", InterleavedBlocks.of(10_000, values.size), numbers=kind)
+
+    def error(partitions):
+        sent = [decode(to_send(values, plan, p), kind, values.size) for p in partitions]
+        return np.sqrt(np.mean((np.mean(sent, axis=0) - values) ** 2))
+
+    assert error(range(64)) < error([0]) / 6  # 8 is expected
+    assert error([5] * 64) > error([0]) / 2  # as if they shared their draws
+    np.testing.assert_array_equal(to_send(values, plan, 3), to_send(values, plan, 3))
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_what_is_exact_stays_exact(kind):
+    """A small variance beside a large coefficient must not be rounded to its scale."""
+    values = numbers(300)
+    values[-40:] = np.linspace(1e-8, 1e-3, 40)
+    encoded = encode(values, kind, 7, exact=40)
+    assert encoded.size == encoded_nbytes(260, kind, 40)
+    back = decode(encoded, kind, 260, 40)
+    np.testing.assert_array_equal(back[-40:], values[-40:])
+    rounded = decode(encode(values, kind, 7), kind, 300)
+    assert (rounded[-40:] != values[-40:]).any()
 
 
 @pytest.mark.parametrize("kind", NUMBERS)
