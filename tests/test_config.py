@@ -24,6 +24,7 @@ OTHER_CHOICE = {
     "strategy.name": "fedmedian",
     "privacy.mechanism": "central-fixed",
     "train.memory": "lean",
+    "ferret.number-format": "int8",
     "ferret.family": "truncated-normal",
     "ferret.bases": "per-client",
     "ferret.allocation": "uniform",

@@ -16,7 +16,7 @@ from ferret_flwr.flower import wire
 from ferret_flwr.flower.nodes import UNKNOWN
 from ferret_flwr.ledger import Entry, Ledger
 from ferret_flwr.projection.encoding import decode
-from ferret_flwr.projection.plan import PlanError, RoundPlan
+from ferret_flwr.projection.plan import EXACT_NUMBERS, PlanError, RoundPlan
 from ferret_flwr.rounds import publish
 
 FitResult = tuple[ClientProxy, FitRes]  # as Flower's legacy strategies have it
@@ -53,8 +53,13 @@ class Reply:
 
     def gamma(self, plan: RoundPlan) -> np.ndarray:
         """Return γ: float32, ``(K + E,)``; raises `ValueError` if it is none of ``plan``."""
-        if len(self.arrays) != 1:
-            raise ValueError(f"expected one array, got {len(self.arrays)}")
+        plain = plan.numbers == EXACT_NUMBERS
+        kind = np.dtype(np.float32 if plain else np.uint8)
+        if [array.dtype for array in self.arrays] != [kind]:
+            kinds = [str(array.dtype) for array in self.arrays]
+            raise ValueError(f"expected one {kind} array, got {kinds}")
+        if plain:
+            return self.arrays[0]
         return decode(self.arrays[0], plan.numbers, plan.num_bases, plan.exact)
 
     def order(self) -> tuple[int, str]:

@@ -28,7 +28,14 @@ pytestmark = pytest.mark.deployment
 
 PATIENCE = 600  # seconds
 COMPLETED = "finished:completed"
-LEFT_BEHIND = {"config.toml", "results.json", "ledger.safetensors", "loss.png", "final"}
+LEFT_BEHIND = {
+    "config.toml",
+    "results.json",
+    "ledger.safetensors",
+    "loss.png",
+    "final",
+    "tensorboard",
+}
 
 
 def settings(rounds: int, **more: object) -> dict[str, object]:

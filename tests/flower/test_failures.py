@@ -156,7 +156,7 @@ def test_failing_training_is_named(node_code: str, federation: Federation) -> No
         examples = node.examples
         worker = node.worker
 
-        def train(self, round: int):  # type: ignore[no-untyped-def]
+        def train(self, round: int, applied: object = None):  # type: ignore[no-untyped-def]
             if node_code == "raise":
                 raise MemoryError("no memory left")
             next(iter(node.worker.parameters.values())).data.fill_(float("nan"))

@@ -1,6 +1,7 @@
 """Secure aggregation by Flower's own workflow and mod, with nodes that leave or fail."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,7 @@ class Scene:
             proxy.node_id, proxy.grid = proxy.node, self.grid  # type: ignore[attr-defined]
             manager.register(proxy)
         recorded = Recorded(self.ferret, self.rows.append)
-        SecureServer(manager, recorded, lambda: None, 0.6).fit(rounds, timeout=None)
+        SecureServer(manager, recorded, lambda: None, nullcontext(), 0.6).fit(rounds, timeout=None)
         assert self.ferret.ledger is not None
         return self.ferret.ledger
 
