@@ -189,7 +189,7 @@ def publish(
 
 
 def to_send(projected: np.ndarray, plan: RoundPlan, partition_id: int) -> np.ndarray:
-    """Return a node's γ in the plan's format, see `encoding.encode`.
+    """Return a node's γ in the plan's format, see ``encoding.encode``.
 
     Parameters
     ----------

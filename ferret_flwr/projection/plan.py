@@ -39,7 +39,7 @@ class RoundPlan:
     exact
         How many elements follow that are not projected: each has a coefficient of its own.
     numbers
-        How coefficients cross the wire: one of `NUMBERS`.
+        How coefficients cross the wire: one of ``NUMBERS``.
     """
 
     round: int
