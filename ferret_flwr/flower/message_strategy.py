@@ -287,7 +287,7 @@ class MessageFerret(Strategy):
         return Reply(node, about, weight, tensors, message)
 
     def _alike(self, replies: list[Reply]) -> list[Reply]:
-        """Leave out whose metrics are finite not, or not named as most are: Flower would end."""
+        """Leave out whose metrics are not finite, or not named as most are: Flower would end."""
         names = Counter(
             frozenset(next(iter(reply.source.content.metric_records.values())))
             for reply in replies
