@@ -136,6 +136,23 @@ def server_rate(config: FerretConfig, plan: RoundPlan, ledger: Ledger, num_round
     return config.server_rate * factor
 
 
+def scaled(plan: RoundPlan, projected: np.ndarray, rate: float) -> np.ndarray:
+    """Return c = rate·γ/(ρ K_l) in float32, infinite where it is too large for that.
+
+    Parameters
+    ----------
+    plan
+        The round's bases.
+    projected
+        γ: ``(..., K + E)``.
+    rate
+        The server learning rate.
+    """
+    with np.errstate(over="ignore"):
+        wide = rate * np.asarray(projected, dtype=np.float64) * plan.unbiased_scale()
+        return wide.astype(np.float32)
+
+
 def publish(
     plan: RoundPlan,
     projected: np.ndarray,
@@ -172,8 +189,7 @@ def publish(
     rows = np.atleast_2d(np.asarray(projected, dtype=np.float64))
     for row in rows:
         plan.check_coefficients(row, owner="the aggregate")
-    with np.errstate(over="ignore"):
-        coefficients = (rate * rows * plan.unbiased_scale()).astype(np.float32)
+    coefficients = scaled(plan, rows, rate)
     own = tuple(seeds) if seeds else (plan.seed,)
     if plan.numbers == EXACT_NUMBERS:
         return Entry(plan, own, coefficients, rate, still=tuple(still))

@@ -136,7 +136,9 @@ class FerretClient(NumPyClient):
         )
 
     def get_properties(self, config: Metrics) -> Metrics:
-        """Say which base model this node has."""
+        """Say which base model this node has, unless only its partition is asked for."""
+        if config.get("ask") == "partition-id":
+            return {"partition-id": self.partition_id}
         try:
             return asdict(self.follower.from_base().header) | {"partition-id": self.partition_id}
         except Exception as error:

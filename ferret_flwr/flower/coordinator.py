@@ -156,13 +156,17 @@ class Coordinator:
         """Return the number of the round under way."""
         return self._planned().round
 
-    def next_round(self) -> RoundPlan:
-        """Plan the coming round."""
-        exact = self.base.layout.exact_size if self.base else 0
+    def check_rate(self) -> None:
+        """Raise `ConfigError` if the server rate needs the length of the run, which is not known."""
         if self.config.rate_schedule != "constant" and self.num_rounds < 1:
             raise ConfigError(
                 f"the server rate is '{self.config.rate_schedule}': Ferret needs num_rounds"
             )
+
+    def next_round(self) -> RoundPlan:
+        """Plan the coming round."""
+        exact = self.base.layout.exact_size if self.base else 0
+        self.check_rate()
         self._traffic = {}
         self.plan = next_plan(self.known(), self.config, self.seed, exact)
         return self.plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -50,12 +50,29 @@ REFUSED: dict[type[Strategy], str] = {
 }
 
 
-def chain(strategy: Strategy) -> Iterator[Strategy]:
-    """Yield ``strategy`` and what it wraps, outermost first."""
-    link: Any = strategy
-    while isinstance(link, Strategy):
+def chain(strategy: Any, kind: type = Strategy) -> Iterator[Any]:
+    """Yield ``strategy``, of Flower's interface ``kind``, and what it wraps, outermost first."""
+    link = strategy
+    while isinstance(link, kind):
         yield link
         link = getattr(link, "strategy", None)
+
+
+def refuse(links: Iterable[Any], kinds: Mapping[Any, str]) -> None:
+    """Raise `ConfigError` if one of ``links`` is of ``kinds``, which name a reason each."""
+    for link in links:
+        for kind, reason in kinds.items():
+            if isinstance(link, kind):
+                raise ConfigError(f"{type(link).__name__} cannot stand inside Ferret: it {reason}")
+
+
+def check_bases(strategy: Any, config: FerretConfig, fedavg: type) -> None:
+    """Raise `ConfigError` if bases are per client and ``strategy`` is not plain ``fedavg``."""
+    if config.bases == "per-client" and type(strategy) is not fedavg:
+        raise ConfigError(
+            f"'ferret.bases' = 'per-client' needs FedAvg inside, got {strategy!r}: numbers on "
+            "different bases cannot be aggregated otherwise"
+        )
 
 
 def averages(strategy: Strategy) -> bool:
@@ -66,10 +83,7 @@ def averages(strategy: Strategy) -> bool:
 def check_inner(strategy: Strategy, config: FerretConfig) -> None:
     """Raise `ConfigError` if ``strategy``, or what it wraps, cannot aggregate coefficients."""
     links = list(chain(strategy))
-    for link in links:
-        for kind, reason in REFUSED.items():
-            if isinstance(link, kind):
-                raise ConfigError(f"{type(link).__name__} cannot stand inside Ferret: it {reason}")
+    refuse(links, REFUSED)
     check_private(links, config)
 
 

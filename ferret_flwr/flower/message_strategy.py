@@ -33,7 +33,7 @@ from ferret_flwr.base import Base
 from ferret_flwr.config import ConfigError, FerretConfig
 from ferret_flwr.flower import wire
 from ferret_flwr.flower.coordinator import Coordinator
-from ferret_flwr.flower.inner import OF_OTHER_MODELS, OF_WEIGHTS
+from ferret_flwr.flower.inner import OF_OTHER_MODELS, OF_WEIGHTS, chain, check_bases, refuse
 from ferret_flwr.flower.mod import ABOUT
 from ferret_flwr.flower.nodes import told
 from ferret_flwr.flower.replies import Reply, check_examples
@@ -106,12 +106,8 @@ class MessageFerret(Strategy):
         """Know no arrays yet."""
         self.strategy = strategy
         self.config = config or FerretConfig()
-        _check_inner(strategy)
-        if self.config.bases == "per-client" and type(strategy) is not FedAvg:
-            raise ConfigError(
-                f"'ferret.bases' = 'per-client' needs FedAvg inside, got {strategy!r}: numbers on "
-                "different bases cannot be aggregated otherwise"
-            )
+        refuse(chain(strategy, Strategy), REFUSED)
+        check_bases(strategy, self.config, FedAvg)
         self.coordinator = Coordinator(
             self.config, seed=seed, num_rounds=num_rounds, ledger_path=ledger_path
         )
@@ -345,16 +341,6 @@ class MessageFerret(Strategy):
         for node in names.keys() - {reply.node for reply in again}:
             self.coordinator.silent(names[node])
         return [reply for reply in replies if reply not in stale] + again
-
-
-def _check_inner(strategy: Strategy) -> None:
-    """Raise `ConfigError` if ``strategy``, or what it wraps, cannot aggregate coefficients."""
-    link: Any = strategy
-    while isinstance(link, Strategy):
-        for kind, reason in REFUSED.items():
-            if isinstance(link, kind):
-                raise ConfigError(f"{type(link).__name__} cannot stand inside Ferret: it {reason}")
-        link = getattr(link, "strategy", None)
 
 
 def _record(array: np.ndarray) -> ArrayRecord:

@@ -16,8 +16,8 @@ from ferret_flwr.flower import wire
 from ferret_flwr.flower.nodes import UNKNOWN
 from ferret_flwr.ledger import Entry, Ledger
 from ferret_flwr.projection.encoding import decode
-from ferret_flwr.projection.plan import EXACT_NUMBERS, PlanError, RoundPlan
-from ferret_flwr.rounds import publish
+from ferret_flwr.projection.plan import EXACT_NUMBERS, RoundPlan
+from ferret_flwr.rounds import publish, scaled
 
 FitResult = tuple[ClientProxy, FitRes]  # as Flower's legacy strategies have it
 
@@ -95,10 +95,8 @@ def check_reply(reply: Reply, plan: RoundPlan, bases: str, rate: float) -> None:
     check_examples(reply.num_examples)
     gamma = reply.gamma(plan)
     plan.check_coefficients(gamma, owner="its reply")
-    try:
-        publish(plan, gamma, rate)
-    except PlanError as overflow:
-        raise ValueError("its coefficients are too large for float32 when scaled") from overflow
+    if not np.isfinite(scaled(plan, gamma, rate)).all():
+        raise ValueError("its coefficients are too large for float32 when scaled")
 
 
 def estimated_norms(replies: Iterable[Reply], plan: RoundPlan) -> list[float]:

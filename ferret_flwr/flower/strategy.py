@@ -133,15 +133,7 @@ class Ferret(Strategy):
         inner.check_inner(strategy, self.config)
         self.wrapper = wrapper_of(list(inner.chain(strategy)))  # for differential privacy
         self.spent = 0.0  # of privacy, by this run: Σ 1 / z², see `accounting`
-        if self.config.bases == "per-client" and type(strategy) is not FedAvg:
-            raise ConfigError(
-                f"'ferret.bases' = 'per-client' needs FedAvg inside, got {strategy!r}: numbers on "
-                "different bases cannot be aggregated otherwise"
-            )
-        if self.config.rate_schedule != "constant" and num_rounds < 1:
-            raise ConfigError(
-                f"the server rate is '{self.config.rate_schedule}': Ferret needs num_rounds"
-            )
+        inner.check_bases(strategy, self.config, FedAvg)
         self.coordinator = Coordinator(
             self.config,
             seed=seed,
@@ -149,6 +141,7 @@ class Ferret(Strategy):
             ledger_path=ledger_path,
             check_clipped=partial(check_clipped, self.wrapper) if self.wrapper else None,
         )
+        self.coordinator.check_rate()
         self.coordinator.begin(ledger, replica)
         self.evaluate_replica = evaluate
         self.round_timeout = round_timeout
@@ -191,7 +184,7 @@ class Ferret(Strategy):
             least = getattr(innermost, "min_available_clients", 1)
             if self.ledger is None and (header := _ask_for_header(client_manager, least)):
                 self.coordinator.begin(Ledger(header))
-            elif self.ledger is None or _start_from_server(client_manager, least):
+            elif self.ledger is None or _run_the_mod(client_manager, least):
                 initial = _ask_for_parameters(client_manager)
         if self.replica is None and initial is not None:
             if self.secure:
@@ -471,6 +464,19 @@ def _ask_for_parameters(client_manager: ClientManager) -> Parameters:
     return told_by
 
 
-def _start_from_server(client_manager: ClientManager, least: int) -> bool:
-    """Return whether the nodes run `ferret_mod`, as those did whose ledger is continued."""
-    return _ask_for_header(client_manager, least) is None
+def _run_the_mod(client_manager: ClientManager, least: int) -> bool:
+    """Return whether the nodes run `ferret_mod`, as the first of a few that answers says.
+
+    No node loads its model for it. Where none answers the run goes on as it was started.
+    """
+    client_manager.wait_for(least, timeout=WAIT_SECONDS)
+    count = min(max(least, 1), ASKED_FOR_HEADER, client_manager.num_available())
+    question = GetPropertiesIns(config={"ask": "partition-id"})
+    for client in client_manager.sample(count):
+        try:
+            answer = client.get_properties(question, timeout=HEADER_SECONDS, group_id=0)
+        except Exception as error:  # whatever one node does, the next may answer
+            log.warning("node %s: %s", client.cid, told(error))
+        else:
+            return answer.properties.get("base") == wire.FROM_SERVER
+    return False

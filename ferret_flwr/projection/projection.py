@@ -223,9 +223,8 @@ def subtract_tensor(
         As in `subtract`, to the same bits.
     """
     published = _published(coefficients, plan)
-    segments = Segments.of_piece(int(layout.offsets[tensor]), array.size, _block_size(plan))
     with _threads_for(array.size):
-        _kernel(plan, array).subtract([array], published[: plan.num_bases], segments, plan)
+        _take_off(array, tensor, layout, plan, published)
 
 
 def subtract(
@@ -266,9 +265,9 @@ def subtract(
     segments = _segments_for(layout, plan).without(skip)
     changed = dense(arrays)
     _kernel(plan, arrays[0]).subtract(changed, published[: plan.num_bases], segments, plan)
-    for tensor, update in _exact(published, layout, plan, arrays[0]):
+    for tensor in range(layout.num_projected, len(changed)):
         if tensor not in skip:
-            changed[tensor][...] -= update.reshape(changed[tensor].shape)
+            _take_off(changed[tensor], tensor, layout, plan, published)
     for array, copy in zip(arrays, changed, strict=True):
         put_back(array, copy)
 
@@ -279,10 +278,18 @@ def _check_writable(arrays: Sequence[Array], layout: Layout) -> None:
             raise LayoutError(f"tensor '{name}' is read-only")
 
 
-def _segments_of(layout: Layout, plan: RoundPlan, tensor: int) -> Segments:
-    """Return the segments of one projected tensor as those of tensor 0."""
+def _take_off(
+    array: Array, tensor: int, layout: Layout, plan: RoundPlan, published: np.ndarray
+) -> None:
+    """Take one tensor's reconstruction, or its exact update, off its dense float32 parameters."""
     start, stop = map(int, layout.offsets[tensor : tensor + 2])
-    return Segments.of_piece(start, stop - start, _block_size(plan))
+    if tensor >= layout.num_projected:
+        shift = plan.num_bases - plan.blocks.size  # from elements to their coefficients
+        update = placed(published[start + shift : stop + shift], array)
+        array[...] -= update.reshape(array.shape)
+        return
+    segments = Segments.of_piece(start, stop - start, _block_size(plan))
+    _kernel(plan, array).subtract([array], published[: plan.num_bases], segments, plan)
 
 
 def reconstruct(
@@ -295,14 +302,10 @@ def reconstruct(
     """
     _check_plan(layout, plan)
     negated = -_published(coefficients, plan)
-    sizes = np.diff(layout.offsets)
-    for tensor in range(layout.num_projected):
-        update = zeros(int(sizes[tensor]), like)
-        segments = _segments_of(layout, plan, tensor)
-        _kernel(plan, update).subtract([update], negated[: plan.num_bases], segments, plan)
+    for tensor, size in enumerate(np.diff(layout.offsets)):
+        update = zeros(int(size), like)
+        _take_off(update, tensor, layout, plan, negated)
         yield update
-    for _, update in _exact(negated, layout, plan, like):
-        yield -update
 
 
 def replay(
@@ -351,12 +354,7 @@ def replay(
         master = zeros(old.size if is_numpy(old) else old.numel(), like=old)
         master[...] = as_float32(old).reshape(-1)
         for plan, c in published:
-            if tensor < layout.num_projected:
-                segments = _segments_of(layout, plan, tensor)
-                _kernel(plan, master).subtract([master], c[: plan.num_bases], segments, plan)
-            for position, update in _exact(c, layout, plan, master):
-                if position == tensor:
-                    master[...] -= update
+            _take_off(master, tensor, layout, plan, c)
         put_back(new, rounded(master.reshape(new.shape), new))
 
 
@@ -415,16 +413,6 @@ def _differences(
     for tensor in tensors:
         delta = as_float32(before[tensor])
         yield to_host(delta if after is None else delta - as_float32(after[tensor])).ravel()
-
-
-def _exact(
-    coefficients: np.ndarray, layout: Layout, plan: RoundPlan, like: Array | None
-) -> Iterator[tuple[int, Array]]:
-    """Yield the position of each exact tensor, and its part of ``coefficients``."""
-    shift = plan.num_bases - plan.blocks.size  # from elements to their coefficients
-    for tensor in range(layout.num_projected, len(layout.names)):
-        first, last = layout.offsets[tensor : tensor + 2] + shift
-        yield tensor, placed(coefficients[first:last], like)
 
 
 def _published(coefficients: np.ndarray, plan: RoundPlan) -> np.ndarray:
