@@ -157,7 +157,7 @@ class Coordinator:
         return self._planned().round
 
     def check_rate(self) -> None:
-        """Raise `ConfigError` if the server rate needs the length of the run, which is not known."""
+        """Raise `ConfigError` if the rate needs the length of the run, which is not known."""
         if self.config.rate_schedule != "constant" and self.num_rounds < 1:
             raise ConfigError(
                 f"the server rate is '{self.config.rate_schedule}': Ferret needs num_rounds"

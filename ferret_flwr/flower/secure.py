@@ -27,6 +27,7 @@ from flwr.server.workflow.constant import MAIN_CONFIGS_RECORD, MAIN_PARAMS_RECOR
 from flwr.server.workflow.secure_aggregation.secaggplus_workflow import WorkflowState
 from flwr.serverapp import Grid
 
+from ferret_flwr.config import ConfigError
 from ferret_flwr.flower.recording import Recorded, RecordingServer, Weighed
 from ferret_flwr.flower.replies import FitResult
 from ferret_flwr.flower.strategy import Ferret
@@ -38,6 +39,7 @@ FIRST_RANGE = 8.0  # Flower's own
 MARGIN = 32.0  # over the root mean square of what one node may send; 22 bits leave room for it
 WIDER = 16.0  # after a round that was not published
 LEVELS = 2**22
+HALTED = "too few nodes stayed to its end"
 MOST_NODES = 2**32 // LEVELS - 1  # whose sum does not wrap around
 
 
@@ -116,8 +118,13 @@ class Unmasked(FedAvg):
     def configure_fit(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
-        """Return the requests for proxies that have a node id."""
+        """Return the requests for proxies that have a node id; refuse more than can be summed."""
         chosen = self.recorded.configure_fit(server_round, parameters, client_manager)
+        if len(chosen) > MOST_NODES:
+            raise ConfigError(
+                f"'privacy.secure-aggregation' takes at most {MOST_NODES} nodes a round, got "
+                f"{len(chosen)}: lower 'strategy.fraction-train'"
+            )
         return [(c.proxy if isinstance(c, Weighed) else c, request) for c, request in chosen]
 
     def aggregate_fit(
@@ -212,7 +219,8 @@ class SecureServer(RecordingServer):
         grid = WeighedGrid(proxies[0].grid, self.recorded.weigh)  # type: ignore[attr-defined]
         workflow(grid, context)  # type: ignore[arg-type]
         if not strategy.ended:
-            log.error("round %d: too few nodes stayed to its end", server_round)
+            log.error("round %d: %s", server_round, HALTED)
+            self.recorded.row |= {"nodes": 0, "failures": [HALTED]}
         after = self.ferret.ledger
         published = after is not None and len(after) > len(ledger)
         self._wider = 1.0 if published else self._wider * WIDER

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.common import GetPropertiesIns
 from flwr.server.strategy import FedMedian
 
 from ferret_flwr.config import Config, parse
@@ -16,7 +17,7 @@ from ferret_flwr.rounds import next_plan, publish, server_rate
 from ferret_flwr.training.models import load_model
 from ferret_flwr.training.tensors import masters_of, trainable_parameters
 from ferret_flwr.training.worker import Node
-from tests.flower.conftest import SETTINGS, Federation
+from tests.flower.conftest import SETTINGS, Federation, InProcess
 
 ROUNDS = 3
 
@@ -115,6 +116,24 @@ def test_resumed_run_is_bit_identical(federation: Federation, tmp_path: Path) ->
     again = Federation(federation.config, tmp_path / "new-disk")
     resumed = again.ferret(ledger=Ledger.load(path))
     again.run(resumed, ROUNDS - 1)
+    assert resumed.ledger.head == plain_loop(federation.config).head
+
+
+def test_a_run_is_resumed_whose_nodes_say_nothing_of_themselves(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.safetensors"
+    federation.run(federation.ferret(ledger_path=path), 1)
+    asked = []
+
+    def silent(proxy: InProcess, ins: GetPropertiesIns, **_: object) -> None:
+        asked.append(ins.config["ask"])
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(InProcess, "get_properties", silent)
+    resumed = federation.ferret(ledger=Ledger.load(path))
+    federation.run(resumed, ROUNDS - 1)
+    assert set(asked) == {"partition-id"}  # which no node needs its model for
     assert resumed.ledger.head == plain_loop(federation.config).head
 
 

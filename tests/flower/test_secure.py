@@ -16,11 +16,12 @@ from flwr.server import SimpleClientManager
 from flwr.server.strategy import FedAvg
 
 from ferret_flwr.config import ConfigError, FerretConfig, parse
-from ferret_flwr.flower import Ferret
+from ferret_flwr.flower import Ferret, secure
 from ferret_flwr.flower.mods import PROTOCOL, privacy_mod
 from ferret_flwr.flower.recording import Recorded
 from ferret_flwr.flower.secure import (
     FIRST_RANGE,
+    HALTED,
     LEVELS,
     MARGIN,
     SecureServer,
@@ -187,6 +188,16 @@ def test_too_many_leave_and_nothing_is_published(scene: Scene) -> None:
     scene.grid.gone |= {node: Stage.COLLECT_MASKED_VECTORS for node in (0, 1, 2)}
     assert len(scene.run(1)) == 0
     assert not [node for stage, node, _ in scene.grid.sent if stage == Stage.UNMASK]
+    assert scene.rows[1]["nodes"] == 0 and scene.rows[1]["failures"] == [HALTED]
+
+
+def test_more_nodes_than_can_be_summed_are_refused(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secure, "MOST_NODES", NODES - 1)
+    with pytest.raises(ConfigError, match=f"at most {NODES - 1} nodes a round, got {NODES}"):
+        scene.run(1)
+    assert not scene.ferret.ledger
 
 
 def test_the_range_widens_until_the_coefficients_fit(scene: Scene) -> None:

@@ -282,7 +282,7 @@ def test_nodes_that_cannot_tell_the_start_are_named(tmp_path):
 
     nodes.app = ClientApp(client_fn=lambda context: Silent(0, None).to_client(), mods=[ferret_mod])
     ferret = Ferret(legacy_fedavg(start=False), CONFIG)
-    with pytest.raises((LedgerError, Exception)):
+    with pytest.raises(LedgerError, match="give the strategy inside Ferret its initial_parameters"):
         run_legacy(ferret, nodes, 1)
     assert ferret.ledger is None
 
