@@ -175,7 +175,7 @@ def measure(settings: dict[str, Any]) -> list[dict[str, float]]:
         (folder / "job.json").write_text(json.dumps(settings))
         subprocess.run(
             [sys.executable, "-m", "benchmarks.overhead", "--answer", folder],
-            cwd=ROOT,
+            
             check=True,
         )
         return json.loads((folder / "laps.json").read_text())
