@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.inputs import base_fingerprint, data_hashes, hardware
+from benchmarks.header import hardware
+from benchmarks.inputs import base_fingerprint, data_hashes
 from benchmarks.plan import flattened, pairs, read_toml
 from benchmarks.plots import pyplot, save
 from benchmarks.summary import mean_std
