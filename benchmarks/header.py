@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ferret_flwr.report import environment
 
@@ -27,6 +25,8 @@ def processor() -> str:
 
 def hardware() -> str:
     """Return the processor, the cores that this process may use, and the GPU if there is one."""
+    import torch  # not to list the benchmarks
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parts = [processor(), f"{cores} cores"]
     if torch.cuda.is_available():
@@ -44,13 +44,13 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def header(seed: int, *packages: str) -> dict[str, Any]:
+def header(seed: int | Sequence[int], *packages: str) -> dict[str, Any]:
     """Return what the figures of a benchmark depend on.
 
     Parameters
     ----------
     seed
-        That everything random in it follows from.
+        That everything random in it follows from, or several.
     packages
         Whose versions matter besides those that every run writes down.
     """
@@ -65,6 +65,14 @@ def header(seed: int, *packages: str) -> dict[str, Any]:
 def versions_text(versions: dict[str, str]) -> str:
     """Return versions as one line."""
     return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def header_text(about: Mapping[str, Any]) -> str:
+    """Return a `header` as one line."""
+    return (
+        f"{about['hardware']}; {versions_text(about['versions'])}; seed {about['seed']}; "
+        f"commit {about['commit']}"
+    )
 
 
 def print_figures(figures: Mapping[str, Any]) -> None:

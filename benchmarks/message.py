@@ -165,6 +165,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.answer:
         return answer(options.answer)
+    from benchmarks.header import header, header_text  # the process above has no need of it
+
     settings = {
         "model.name": _absolute(options.model),
         "dataset.name": _absolute(options.dataset),
@@ -187,13 +189,14 @@ def main() -> None:
             for cache in ("empty cache", "cache"):
                 columns[who + cache] = measure(folder, app)
     if options.json:
-        print(json.dumps(columns, indent=2))
+        print(json.dumps({"columns": columns} | header(SEED), indent=2))
         return
     print(f"{'seconds':<36}" + "".join(f"{name:>22}" for name in columns))
     for phase in next(iter(columns.values())):
         print(f"{phase:<36}" + "".join(f"{c[phase]:>22.2f}" for c in columns.values()))
     beyond = [sum(c.values()) - c["train"] for c in columns.values()]
     print(f"{'all but training':<36}" + "".join(f"{s:>22.2f}" for s in beyond))
+    print(f"\n{header_text(header(SEED))}")
 
 
 if __name__ == "__main__":
