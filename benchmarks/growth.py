@@ -3,9 +3,9 @@
 Each sweep varies one number. What is expected follows from what the code does with it:
 
 - a copy, a projection and a reconstruction touch each of d parameters once;
-- with interleaved blocks each parameter has one basis, so K does not matter, but for the sums that
-  a projection clears and adds up; with L contiguous blocks each has K/L bases, and reading it costs
-  about as much as two more;
+- with interleaved blocks each parameter has one basis, so K does not matter until K sums leave the
+  processor's caches; with L contiguous blocks each has K/L bases, and reading it costs about as
+  much as two more;
 - the server reads each reply once, and each costs something however short it is;
 - a replay takes every round off all parameters and fingerprints them once; a snapshot is read and
   fingerprinted, whatever the number of rounds it stands for.
@@ -60,7 +60,6 @@ from ferret_flwr.ledger import Ledger
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.kernels import reference
 from ferret_flwr.projection.kernels.cpu import COST_OF_MEMORY
-from ferret_flwr.projection.kernels.cpu_interleaved import parts_of
 from ferret_flwr.projection.layout import Layout
 from ferret_flwr.projection.plan import RoundPlan
 from ferret_flwr.replica import Replica
@@ -68,6 +67,7 @@ from ferret_flwr.snapshot import Snapshots
 
 TURNS, ENOUGH = 15, 6.0  # as many turns at most, and no more after so many seconds
 SPARE = 2**31  # bytes of memory that are left to others
+KERNELS = ("project", "reconstruct")
 SAMPLE = 4096  # the last elements, which are compared with the reference at every size
 START, END = "<!-- benchmarks.growth -->", "<!-- end -->"
 
@@ -207,7 +207,7 @@ def check_last(array: np.ndarray, layout: Layout, plan: RoundPlan) -> None:
         raise SystemExit(f"not timed: the kernels disagree with the reference at d = {array.size}")
 
 
-BY_SIZE = tuple(Work(name, "∝ d", (linear,)) for name in ("copy", "project", "reconstruct"))
+BY_SIZE = tuple(Work(name, "∝ d", (linear,)) for name in ("copy", *KERNELS))
 
 
 def time_size(size: int) -> Row:
@@ -222,7 +222,7 @@ def time_size(size: int) -> Row:
     taken = timed(BY_SIZE, [copy, *both(array, layout, plan)])
     taken["copy"] *= 2  # it was of one half to the other
     row = medians(taken)
-    for name in ("project", "reconstruct"):
+    for name in KERNELS:
         row[f"{name} / copy"] = float(np.median(taken[name] / taken["copy"]))
     peak = memory.peaks().get("memory/peak_bytes", 0) - before
     return told(f"d = {size:,}", row | {"peak memory / 4 d bytes": peak / (4 * size)}, BY_SIZE)
@@ -239,11 +239,10 @@ def by_bases(sizes: Sizes) -> Sweep:
     size, least = sizes.bases_size, sizes.bases[0]
     law = f"∝ {COST_OF_MEMORY} + K/{least}"
     works = (
-        Work("project", "constant + sums", (constant, lambda k: k * parts_of(size, int(k)))),
-        Work("reconstruct", "constant", (constant,)),
+        *(Work(name, "constant", (constant,)) for name in KERNELS),
         *(
             Work(f"{name}, {least} blocks", law, (lambda k: COST_OF_MEMORY + k / least,))
-            for name in ("project", "reconstruct")
+            for name in KERNELS
         ),
     )
     array, layout = parameters(size)

@@ -136,12 +136,6 @@ def _subtract(address, start, length, num_blocks, coefficients, bounds, code):  
                 group += TILE
 
 
-def parts_of(elements: int, bases: int) -> int:
-    """Return how many parts the projection of so many elements onto ``bases`` is done in."""
-    affordable = min(SUMS, elements // ELEMENTS_PER_SUM)
-    return min(MOST_PARTS, max(1, affordable // bases))
-
-
 def project(
     before: Sequence[np.ndarray],
     after: Sequence[np.ndarray] | None,
@@ -153,7 +147,8 @@ def project(
     The sums are added up over a number of parts that K and the number of elements decide, so no bit
     depends on the threads. They take at most 64 MiB, or 8 K bytes where that is more.
     """
-    parts = parts_of(int(segments.length.sum()), plan.num_bases)
+    affordable = min(SUMS, int(segments.length.sum()) // ELEMENTS_PER_SUM)
+    parts = min(MOST_PARTS, max(1, affordable // plan.num_bases))
     bounds = segments.divide(segments.length, parts)
     sums = np.zeros((parts, plan.num_bases), dtype=np.float64)
     ends = np.zeros_like(segments.start) if after is None else addresses_of(after, segments)
