@@ -411,7 +411,7 @@ def main() -> None:
     if options.into and not (options.into.is_file() and START in options.into.read_text()):
         parser.error(f"there is no {START} in {options.into}")
     panels, about = measure(sizes), header(SEED)
-    about["hardware"] += f", {numba.get_num_threads()} threads"
+    about["hardware"] += f", numba threads: {numba.get_num_threads()}"
     if options.plot:
         draw(panels, options.plot, header_text(about))
     page = markdown(panels, about)

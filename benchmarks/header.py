@@ -69,10 +69,9 @@ def versions_text(versions: dict[str, str]) -> str:
 
 def header_text(about: Mapping[str, Any]) -> str:
     """Return a `header` as one line."""
-    return (
-        f"{about['hardware']}; {versions_text(about['versions'])}; seed {about['seed']}; "
-        f"commit {about['commit']}"
-    )
+    seed = str(about["seed"]).strip("[]()")
+    versions = versions_text(about["versions"])
+    return f"{about['hardware']}; {versions}; seed {seed}; commit {about['commit']}"
 
 
 def print_figures(figures: Mapping[str, Any]) -> None:
