@@ -379,6 +379,11 @@ def markdown(panels: Mapping[str, Sequence[Sweep]], about: Mapping[str, Any]) ->
     return "\n\n".join([*(sweep.markdown() for sweep in sweeps), pays, header_text(about)])
 
 
+def has_marks(path: Path) -> bool:
+    """Return whether a page has a place for the tables."""
+    return path.is_file() and END in path.read_text().partition(START)[2]
+
+
 def write_into(path: Path, text: str) -> None:
     """Replace what stands between the marks in a file."""
     before, _, rest = path.read_text().partition(START)
@@ -399,7 +404,7 @@ def main() -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", **several)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", type=Path, help="a PNG or SVG file")
-    parser.add_argument("--into", type=Path, help=f"a page: the tables go behind {START}")
+    parser.add_argument("--into", type=Path, help=f"a page: tables go behind its {START}")
     options = parser.parse_args()
     given = {name: getattr(options, name) for name in asdict(Sizes())}
     sizes = replace(
@@ -408,8 +413,8 @@ def main() -> None:
     )
     if wrong := sizes.contradiction():
         parser.error(wrong)
-    if options.into and not (options.into.is_file() and START in options.into.read_text()):
-        parser.error(f"there is no {START} in {options.into}")
+    if options.into and not has_marks(options.into):
+        parser.error(f"there is no {START} before an {END} in {options.into}")
     panels, about = measure(sizes), header(SEED)
     about["hardware"] += f", numba threads: {numba.get_num_threads()}"
     if options.plot:

@@ -96,17 +96,21 @@ def _disagreements(plan: RoundPlan, device: str, sizes: Sequence[int]) -> Iterat
         parts = [part.to(device or "cpu", copy=True) for part in vector.split(list(sizes))]
         return parts if device else as_arrays(parts)
 
-    def bits(held: list[Any]) -> bytes:
-        return b"".join(a.tobytes() for a in (as_arrays(held) if device else held))
+    def bits(arrays: list[Any]) -> bytes:
+        return b"".join(a.tobytes() for a in (as_arrays(arrays) if device else arrays))
+
+    def close(projected: np.ndarray, delta: torch.Tensor) -> bool:
+        gamma = reference.project(delta.numpy(), plan)
+        return np.allclose(projected, gamma, rtol=0, atol=1e-4 * np.abs(gamma).max())
 
     for dtype in (torch.float32, torch.bfloat16):
         model, other = held(vector.to(dtype)), held(torch.zeros_like(vector, dtype=dtype))
         before = vector.to(dtype).float()
-        gamma = reference.project(before.numpy(), plan)
-        projected = projection.project(model, layout, plan)
-        same = np.allclose(projected, gamma, rtol=0, atol=1e-4 * np.abs(gamma).max())
+        after = (before - first - second).to(dtype)
+        same = close(projection.project(model, layout, plan), before)
         projection.replay(model, layout, rounds, other)
-        same &= bits(other) == bits(held((before - first - second).to(dtype)))
+        same &= bits(other) == bits(held(after))
+        same &= close(projection.project(model, layout, plan, other), before - after.float())
         if dtype == torch.float32:
             projection.subtract(model, layout, plan, c)
             same &= bits(model) == bits(held(before - first))

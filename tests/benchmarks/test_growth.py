@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import growth
-from benchmarks.growth import QUICK, Sizes, crossing, fitting, write_into
+from benchmarks.growth import QUICK, Sizes, crossing, fitting, has_marks, write_into
 from benchmarks.sweeps import Curve, Sweep, Work, constant, linear
 from ferret_flwr.projection.kernels import cpu_interleaved
 
@@ -100,6 +100,10 @@ def test_only_what_stands_between_the_marks_is_replaced(tmp_path: Path) -> None:
     page.write_text(f"# before\n\n{growth.START}\n\nold\n\n{growth.END}\n\nafter\n")
     write_into(page, "new")
     assert page.read_text() == f"# before\n\n{growth.START}\n\nnew\n\n{growth.END}\n\nafter\n"
+    assert has_marks(page) and not has_marks(tmp_path / "other.md")
+    for text in ("after", growth.START, f"{growth.END} {growth.START}"):  # would be lost
+        page.write_text(text)
+        assert not has_marks(page)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *more: object) -> None:
