@@ -415,7 +415,8 @@ def main() -> None:
         parser.error(wrong)
     if options.into and not has_marks(options.into):
         parser.error(f"there is no {START} before an {END} in {options.into}")
-    panels, about = measure(sizes), header(SEED)
+    about = header(SEED)  # of the code that runs, whatever is changed meanwhile
+    panels = measure(sizes)
     about["hardware"] += f", numba threads: {numba.get_num_threads()}"
     if options.plot:
         draw(panels, options.plot, header_text(about))
