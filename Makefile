@@ -12,7 +12,7 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export FLWR_HOME := $(CURDIR)/.flwr
 export FLWR_LOCAL_SUPERLINK_HTTP_API_PORT ?= 39271
 
-.PHONY: help demo compare test test-deployment check docs stop clean clean-kernels
+.PHONY: help demo compare benchmarks test test-deployment check docs stop clean clean-kernels
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
@@ -33,6 +33,9 @@ demo: $(INSTALLED)  ## set up, then tune the built-in model on the built-in data
 
 compare: $(INSTALLED)  ## set up, then compare all methods on the built-in model
 	$(BIN)/python -m benchmarks.compare benchmarks/plans/builtin.toml --output results/builtin
+
+benchmarks: $(INSTALLED)  ## set up, then take all measurements that can be taken here
+	$(BIN)/python -m benchmarks --all
 
 test: $(INSTALLED)  ## set up, then run the tests
 	$(BIN)/python -m pytest

@@ -1,1 +1,1 @@
-"""Measurements of the project's own claims: run one with `python -m benchmarks.NAME`."""
+"""Measurements of the project's own claims: ``python -m benchmarks`` lists and runs them."""

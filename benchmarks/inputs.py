@@ -1,18 +1,14 @@
-"""What a run's figures depend on besides its configuration: data, base model, machine."""
+"""What a run's figures depend on besides its configuration and the machine: data, base, code."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 import ferret_flwr
-from benchmarks.kernels import processor
 from ferret_flwr.config import DatasetConfig, ModelConfig
 from ferret_flwr.training.sources import read_source
 from ferret_flwr.training.worker import Worker
@@ -75,12 +71,3 @@ def code_hash(package: Path = PACKAGE) -> str:
         source = (package / name).read_bytes()
         digest.update(f"{name}\0{len(source)}\0".encode() + source)
     return digest.hexdigest()
-
-
-def hardware() -> str:
-    """Return the processor, the cores that this process may use, and the GPU if there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = [processor(), f"{cores} cores"]
-    if torch.cuda.is_available():
-        parts.append(torch.cuda.get_device_name())
-    return ", ".join(parts)

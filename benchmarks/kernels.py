@@ -10,27 +10,27 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import time
-from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 
+from benchmarks.header import header, print_figures
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.families import FAMILIES
 from ferret_flwr.projection.kernels import reference
 from ferret_flwr.projection.layout import Blocks, InterleavedBlocks, Layout
 from ferret_flwr.projection.plan import RoundPlan
+from ferret_flwr.training.tensors import as_arrays
 
 ELEMENTS = 134_515_008  # SmolLM2-135M
 BASES = 8192
 AUTHORS_BLOCKS = 194  # L of the paper's 1.3 B model
 AUTHORS_SAMPLE = 4  # bases measured in a round, of K
+CHECKED = (8_000, 12_011)  # elements of tensors: one of whole vectors, one not
 WARM_UPS, ROUNDS, SEED = 2, 9, 20240910
 
 
@@ -53,32 +53,71 @@ def contiguous(elements: int, blocks: int, bases: int, family: str) -> RoundPlan
     return RoundPlan(1, SEED, family, cut, np.full(cut.count, bases))
 
 
-def check_kernels() -> None:
-    """Compare the kernels with the reference on a small case.
+def check_kernels(device: str = "", sizes: Sequence[int] = CHECKED) -> None:
+    """Compare every kernel with the reference on small cases, in float32 and bfloat16.
+
+    Parameters
+    ----------
+    device
+        Where torch tensors are to lie; "" for NumPy arrays, whose kernels are the processor's.
+    sizes
+        Elements of each tensor.
 
     Raises
     ------
     SystemExit
-        If a bit of a reconstruction, or more than rounding of a projection, is different.
+        If a bit of parameters or of a fingerprint, or more than rounding of a projection, differs.
     """
-    delta = np.random.default_rng(SEED).standard_normal(20_011).astype(np.float32)
-    layout = Layout(("small",), ((delta.size,),))
+    size = sum(sizes)
     for family in FAMILIES:
         for plan in (
-            interleaved(delta.size, 500, family),
-            contiguous(delta.size, 7, 1, family),
-            contiguous(delta.size, 7, 3, family),
+            interleaved(size, size // 40, family),
+            interleaved(size, 5, family),
+            contiguous(size, 7, 1, family),
+            contiguous(size, 7, 20, family),
         ):
-            gamma, expected = (
-                projection.project([delta], layout, plan),
-                reference.project(delta, plan),
-            )
-            c, ours = expected.astype(np.float32), delta.copy()
-            projection.subtract([ours], layout, plan, c)
-            theirs = delta - reference.reconstruct(c, plan)
-            close = np.allclose(gamma, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-            if not close or not np.array_equal(ours.view(np.uint32), theirs.view(np.uint32)):
-                raise SystemExit(f"not timed: the kernels disagree with the reference ({family})")
+            for dtype in _disagreements(plan, device, sizes):
+                raise SystemExit(
+                    f"not timed: the kernels disagree with the reference ({family}, {dtype}, "
+                    f"{plan.blocks})"
+                )
+
+
+def _disagreements(plan: RoundPlan, device: str, sizes: Sequence[int]) -> Iterator[torch.dtype]:
+    """Yield the types of parameters for which a kernel is not what the reference says."""
+    layout = Layout(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
+    generator = np.random.default_rng(SEED)
+    vector = torch.from_numpy(generator.standard_normal(layout.size, np.float32))
+    c = generator.standard_normal(plan.num_coefficients, np.float32)
+    rounds = [(plan, c), (plan.with_seed(SEED + 1), c)]
+    first, second = (torch.from_numpy(reference.reconstruct(c, p)) for p, _ in rounds)
+
+    def held(vector: torch.Tensor) -> list[Any]:
+        parts = [part.to(device or "cpu", copy=True) for part in vector.split(list(sizes))]
+        return parts if device else as_arrays(parts)
+
+    def bits(arrays: list[Any]) -> bytes:
+        return b"".join(a.tobytes() for a in (as_arrays(arrays) if device else arrays))
+
+    def close(projected: np.ndarray, delta: torch.Tensor) -> bool:
+        gamma = reference.project(delta.numpy(), plan)
+        return np.allclose(projected, gamma, rtol=0, atol=1e-4 * np.abs(gamma).max())
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model, other = held(vector.to(dtype)), held(torch.zeros_like(vector, dtype=dtype))
+        before = vector.to(dtype).float()
+        after = (before - first - second).to(dtype)
+        same = close(projection.project(model, layout, plan), before)
+        projection.replay(model, layout, rounds, other)
+        same &= bits(other) == bits(held(after))
+        same &= close(projection.project(model, layout, plan, other), before - after.float())
+        if dtype == torch.float32:
+            projection.subtract(model, layout, plan, c)
+            same &= bits(model) == bits(held(before - first))
+            name = f"{reference.fingerprint((before - first).numpy()):016x}"
+            same &= projection.fingerprint(model, layout) == name
+        if not same:
+            yield dtype
 
 
 def authors_sample(elements: int) -> Callable[[], None]:
@@ -118,20 +157,23 @@ def time_rounds(elements: int, plan: RoundPlan) -> dict[str, np.ndarray]:
         "reconstruct": lambda: projection.subtract([array], layout, plan, c),
         "authors": authors_sample(elements),
     }
-    rounds = [
-        {name: seconds(work) for name, work in turns.items()} for _ in range(WARM_UPS + ROUNDS)
-    ]
-    taken = {name: np.array([r[name] for r in rounds[WARM_UPS:]]) for name in turns}
+    in_turns(turns, WARM_UPS)
+    taken = in_turns(turns, ROUNDS)
     taken["authors"] *= plan.num_coefficients / AUTHORS_SAMPLE
     return taken
 
 
-def processor() -> str:
-    """Return the name of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def in_turns(
+    turns: Mapping[str, Callable[[], Any]], rounds: int, enough: float = math.inf
+) -> dict[str, np.ndarray]:
+    """Return the seconds of each work in every round, of which each has its turn.
+
+    After ``enough`` seconds in all there are no more rounds.
+    """
+    taken: list[list[float]] = []
+    while len(taken) < rounds and sum(map(sum, taken)) < enough:
+        taken.append([seconds(work) for work in turns.values()])
+    return dict(zip(turns, np.array(taken).T, strict=True))
 
 
 def measure(elements: int) -> dict[str, Any]:
@@ -149,10 +191,8 @@ def measure(elements: int) -> dict[str, Any]:
         "elements": elements,
         "bases": bases,
         "rounds": ROUNDS,
-        "seed": SEED,
-        "hardware": f"{processor()}, {numba.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("numba", "numpy", "torch")},
-    }
+        "threads": numba.get_num_threads(),
+    } | header(SEED)
 
 
 def main() -> None:
@@ -165,9 +205,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(figures, indent=2))
         return
-    figures["versions"] = ", ".join(f"{k} {v}" for k, v in figures["versions"].items())
-    for name, value in figures.items():
-        print(f"{name:<24}{f'{value:.3f}' if isinstance(value, float) else value}")
+    print_figures(figures)
 
 
 if __name__ == "__main__":

@@ -20,18 +20,17 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.kernels import BASES, SEED, contiguous, interleaved
+from benchmarks.header import header, print_figures
+from benchmarks.kernels import BASES, SEED, check_kernels, contiguous, interleaved
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.arrays import has_triton
 from ferret_flwr.projection.families import FAMILIES
-from ferret_flwr.projection.kernels import reference
 from ferret_flwr.projection.layout import Layout
 from ferret_flwr.projection.plan import RoundPlan
 
@@ -63,36 +62,6 @@ def plans(size: int) -> Iterator[tuple[str, RoundPlan]]:
     for bases in CONTIGUOUS:
         plan = contiguous(size, BASES // bases, bases, "rademacher")
         yield f"rademacher, contiguous, K_l = {bases}", plan
-
-
-def check_kernels(device: str) -> None:
-    """Compare the kernels with the reference on small cases.
-
-    Raises
-    ------
-    SystemExit
-        If a bit of a reconstruction, or more than rounding of a projection, is different.
-    """
-    delta = np.random.default_rng(SEED).standard_normal(60_037).astype(np.float32)
-    layout = Layout(("one", "other"), ((20_000,), (40_037,)))  # one of whole vectors, one not
-    for family in FAMILIES:
-        for plan in (
-            interleaved(delta.size, 700, family),
-            interleaved(delta.size, 5, family),
-            contiguous(delta.size, 7, 1, family),
-            contiguous(delta.size, 7, 20, family),
-        ):
-            held = list(torch.from_numpy(delta.copy()).to(device).split([20_000, 40_037]))
-            gamma = projection.project(held, layout, plan)
-            expected = reference.project(delta, plan)
-            c = expected.astype(np.float32)
-            projection.subtract(held, layout, plan, c)
-            ours, theirs = torch.cat(held).cpu().numpy(), delta - reference.reconstruct(c, plan)
-            close = np.allclose(gamma, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-            same = ours.tobytes() == theirs.tobytes()
-            named = projection.fingerprint(held, layout) == f"{reference.fingerprint(theirs):016x}"
-            if not (close and same and named):
-                raise SystemExit(f"not timed: the kernels disagree with the reference ({family})")
 
 
 def milliseconds(work: Callable[[], Any]) -> float:
@@ -192,15 +161,12 @@ def main() -> int:
         return 2
     check_kernels("cuda")
     about = {
-        "device": torch.cuda.get_device_name(),
         "bases": BASES,
-        "seed": SEED,
         "times": TIMES,
-        "versions": {n: version(n) for n in ("numpy", "torch", "triton")},
-    }
+    } | header(SEED, "triton")
     rows = []
     if not arguments.json:
-        print(json.dumps(about))
+        print_figures(about)
     for name in arguments.models:
         for dtype in arguments.dtypes:
             if not fits(name, dtype):

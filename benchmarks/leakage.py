@@ -23,6 +23,7 @@ import numba
 import numpy as np
 import torch
 
+from benchmarks.header import header, header_text
 from ferret_flwr.config import Config
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.kernels import reference
@@ -220,7 +221,7 @@ def main() -> None:
     numba.set_num_threads(1)
     found = figures()
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(found | header(SEED), indent=2))
         return
     names = [*map(str, COEFFICIENTS), "full"]
     print(
@@ -236,6 +237,7 @@ def main() -> None:
     print("| numbers about 128 parameters |", " | ".join(map(str, READ_OUT)), "|")
     print("|---" * (len(READ_OUT) + 1) + "|")
     print("| relative error |", " | ".join(f"{e:.1g}" for e in found["read-out"].values()), "|")
+    print(f"\n{header_text(header(SEED))}")
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2, help="default %(default)s")
     parser.add_argument("--seq-length", type=int, default=256, help="default %(default)s")
     parser.add_argument("--checkpointing", action="store_true", help="of activations")
-    parser.add_argument("--json", action="store_true", help="print a list of JSON objects")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--need", type=json.loads, help=argparse.SUPPRESS)
@@ -189,6 +189,8 @@ def main() -> None:
         return print(json.dumps(answer(options.answer, options.kind)))
     if options.need:
         return print(json.dumps(vars(need(options.need))))
+    from benchmarks.header import header, header_text
+
     settings = {
         "seed": SEED,
         "model.name": _absolute(options.model),
@@ -210,7 +212,7 @@ def main() -> None:
     kinds = options.kinds
     rows = [row for d in options.dtypes for row in table(d, kinds, settings, options.rounds)]
     if options.json:
-        return print(json.dumps(rows, indent=2))
+        return print(json.dumps({"rows": rows} | header(SEED), indent=2))
     columns = ("parameters", "largest gradient", "activations", "peak")
     print("| MB | " + " | ".join(columns) + " | ratio | train and project, s |")
     print("|---|" + "---|" * (len(columns) + 2))
@@ -220,6 +222,7 @@ def main() -> None:
             f"| {row['dtype']}, {row['kind']} | {numbers} | {row['ratio']:.2f} "
             f"| {row['seconds']:.1f} |"
         )
+    print(f"\n{header_text(header(SEED))}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # imports are what is timed
+    from ferret_flwr.config import FerretConfig
+    from ferret_flwr.ledger import Header, Ledger
 
 ROOT = Path(__file__).parents[1]
 K = 8192
@@ -87,26 +91,36 @@ def watched(phases: dict[str, float], name: str, function: Callable[..., Any]) -
     return call
 
 
+def made_up_ledger(header: Header, config: FerretConfig, rounds: int) -> Ledger:
+    """Return a ledger of ``rounds`` made-up rounds."""
+    import numpy as np
+
+    from ferret_flwr.ledger import Ledger
+    from ferret_flwr.rounds import next_plan, publish
+
+    ledger, rng = Ledger(header), np.random.default_rng(SEED)
+    for _ in range(rounds):
+        plan = next_plan(ledger, config, SEED)
+        tiny = rng.normal(0, 1e-7, plan.num_coefficients)  # a spoilt model computes slowly
+        ledger = ledger.append(publish(plan, tiny, 1.0))
+    return ledger
+
+
 def make_request(folder: Path, settings: dict[str, Any], rounds: int) -> None:
     """Write a request to train behind a ledger of ``rounds`` made-up rounds."""
     import numpy as np
 
     from ferret_flwr.config import parse
     from ferret_flwr.flower import wire
-    from ferret_flwr.ledger import Ledger
     from ferret_flwr.replica import Replica
-    from ferret_flwr.rounds import next_plan, publish
+    from ferret_flwr.rounds import next_plan
     from ferret_flwr.training.tensors import masters_of
     from ferret_flwr.training.worker import Worker
 
     config = parse(settings)
     worker = Worker(config.model)
     replica = Replica(worker.layout, masters_of(worker.parameters), config.model.dtype)
-    ledger, rng = Ledger(replica.header), np.random.default_rng(SEED)
-    for _ in range(rounds):
-        plan = next_plan(ledger, config.ferret, SEED)
-        tiny = rng.normal(0, 1e-7, plan.num_coefficients)  # a spoilt model computes slowly
-        ledger = ledger.append(publish(plan, tiny, 1.0))
+    ledger = made_up_ledger(replica.header, config.ferret, rounds)
     replica.follow(ledger)
     ledger = ledger.with_fingerprint(replica.fingerprint)
     plan = next_plan(ledger, config.ferret, SEED)
@@ -151,6 +165,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.answer:
         return answer(options.answer)
+    from benchmarks.header import header, header_text  # the process above has no need of it
+
     settings = {
         "model.name": _absolute(options.model),
         "dataset.name": _absolute(options.dataset),
@@ -173,13 +189,14 @@ def main() -> None:
             for cache in ("empty cache", "cache"):
                 columns[who + cache] = measure(folder, app)
     if options.json:
-        print(json.dumps(columns, indent=2))
+        print(json.dumps({"columns": columns} | header(SEED), indent=2))
         return
     print(f"{'seconds':<36}" + "".join(f"{name:>22}" for name in columns))
     for phase in next(iter(columns.values())):
         print(f"{phase:<36}" + "".join(f"{c[phase]:>22.2f}" for c in columns.values()))
     beyond = [sum(c.values()) - c["train"] for c in columns.values()]
     print(f"{'all but training':<36}" + "".join(f"{s:>22.2f}" for s in beyond))
+    print(f"\n{header_text(header(SEED))}")
 
 
 if __name__ == "__main__":

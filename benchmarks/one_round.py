@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.inputs import base_fingerprint, data_hashes, hardware
+from benchmarks.header import header, header_text
+from benchmarks.inputs import base_fingerprint, data_hashes
 from benchmarks.plan import flattened, pairs, read_toml
 from benchmarks.plots import pyplot, save
 from benchmarks.summary import mean_std
@@ -40,7 +41,6 @@ from ferret_flwr.projection.allocation import energies_of
 from ferret_flwr.projection.kernels.philox import derive_seed
 from ferret_flwr.projection.layout import Blocks, Layout
 from ferret_flwr.projection.plan import RoundPlan
-from ferret_flwr.report import environment
 from ferret_flwr.rounds import bases_per_block, blocks_for, publish
 from ferret_flwr.training.errors import DataError, ModelError
 from ferret_flwr.training.tensors import load_masters, masters_of
@@ -236,16 +236,13 @@ def main() -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     figures = {
         "settings": own,
-        "seeds": options.seeds,
         "rounds": rows,
         "data": data_hashes(config.dataset, config.seed),
         "base": base_fingerprint(config.model),
-        "hardware": hardware(),
-        "environment": environment(),
-    }
+    } | header(options.seeds)
     write_atomic(options.output / "one-round.json", json.dumps(figures, indent=1).encode())
     plot(rows, f"{config.model.name} on {config.dataset.name}", options.output / "one-round.png")
-    print(f"written to {options.output}")
+    print(f"\n{header_text(figures)}\nwritten to {options.output}")
     return 0
 
 

@@ -69,7 +69,7 @@ def curves(runs: Runs, path: Path, note: str) -> None:
         _cut_explosions(axes[0][0], runs)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.875, 0.97), frameon=False)
-    _finish(figure, path, note, right=0.87)
+    finish(figure, path, note, right=0.87)
 
 
 def _band(
@@ -110,7 +110,7 @@ def costs(runs: Runs, path: Path, note: str) -> None:
     memory.set(xlabel="peak memory of the process, bytes")
     traffic.set_yticks(range(len(runs)), list(runs))
     traffic.invert_yaxis()
-    _finish(figure, path, note)
+    finish(figure, path, note)
 
 
 def _bars(
@@ -138,7 +138,7 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def _finish(figure: Any, path: Path, note: str, right: float = 1.0) -> None:
+def finish(figure: Any, path: Path, note: str, right: float = 1.0) -> None:
     """Put the note below, and write the file."""
     text = textwrap.fill(note, NOTE_WIDTH)
     height = 0.14 * (text.count("\n") + 2) / figure.get_figheight()

@@ -25,7 +25,7 @@ import torch
 from flwr.common import Code, FitRes, Status, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.server.strategy import DifferentialPrivacyServerSideFixedClipping, FedAvg
 
-from benchmarks.inputs import hardware
+from benchmarks.header import header, header_text
 from ferret_flwr.accounting import epsilon
 from ferret_flwr.config import Config, parse
 from ferret_flwr.flower.private import not_all_zero
@@ -196,7 +196,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the model is small
     numba.set_num_threads(1)
     rows = figures(arguments.noise, arguments.seeds, arguments.rounds)
-    print(f"\n{hardware()}; before the first round: {rows[0]['before']:.3f}\n")
+    print(f"\nbefore the first round: {rows[0]['before']:.3f}\n")
     names = list(ARMS)
     print(f"| z | ε | {' | '.join(names)} |")
     print("|---" * (len(names) + 2) + "|")
@@ -204,6 +204,7 @@ def main() -> None:
         cells = [next(r for r in rows if r["arm"] == name and r["z"] == z) for name in names]
         losses = " | ".join(f"{row['loss']:.3f}" for row in cells)
         print(f"| {z:g} | {cells[0]['epsilon']:.3g} | {losses} |")
+    print(f"\n{header_text(header(arguments.seeds))}")
     plot(rows, arguments.output)
 
 

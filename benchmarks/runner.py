@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.inputs import base_fingerprint, code_hash, data_hashes, hardware
+from benchmarks.header import hardware
+from benchmarks.inputs import base_fingerprint, code_hash, data_hashes
 from benchmarks.plan import Plan, Settings, Variant
 from benchmarks.simulate import RunError, simulate
 from benchmarks.summary import Outcome, Record, best, final_loss, trouble

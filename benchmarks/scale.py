@@ -19,7 +19,6 @@ import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.server.compat.grid_client_proxy import GridClientProxy
 from flwr.server.strategy import FedAvg
 
-from benchmarks.kernels import processor
+from benchmarks.header import header, print_figures
 from ferret_flwr.config import FerretConfig
 from ferret_flwr.flower import Ferret, wire
 from ferret_flwr.flower.nodes import SeededClientManager
@@ -302,10 +301,8 @@ def measure(replies: Sequence[int], nodes: Sequence[int], bases: int) -> dict[st
         "elements": ELEMENTS,
         "bases": bases,
         "rounds": ROUNDS,
-        "seed": SEED,
-        "hardware": f"{processor()}, one thread",
-        "versions": {name: version(name) for name in ("flwr", "numpy", "protobuf")},
-    }
+        "threads": 1,
+    } | header(SEED, "protobuf")
 
 
 def plot(figures: dict[str, Any], path: Path) -> None:
@@ -350,9 +347,7 @@ def show(figures: dict[str, Any]) -> None:
             cells = (f"{v:.4g}" if isinstance(v, float) else f"{v}" for v in row.values())
             print("".join(f"{cell:>24}" for cell in cells))
         print()
-    figures["versions"] = ", ".join(f"{k} {v}" for k, v in figures["versions"].items())
-    for name, value in figures.items():
-        print(f"{name:<28}{f'{value:.1f}' if isinstance(value, float) else value}")
+    print_figures(figures)
 
 
 def main() -> None:

@@ -105,7 +105,8 @@ def markdown(plan: Plan, outcomes: Sequence[Outcome]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -120,7 +121,7 @@ def _main_table(outcomes: Sequence[Outcome]) -> str:
         if not found:
             cells = ["failed", *cells[1:]]
         rows.append([outcome.label, *cells])
-    return _table(["", *(title for title, _, _ in columns)], rows)
+    return table(["", *(title for title, _, _ in columns)], rows)
 
 
 def spread(mean: float, std: float, text: Format) -> str:
@@ -184,7 +185,7 @@ def _by_round(outcomes: Sequence[Outcome], key: str, text: Format) -> str:
         [name, *(spread(*points[r], text) if r in points else "" for r in shown)]
         for name, points in curves.items()
     ]
-    return _table(["round", *map(str, shown)], rows)
+    return table(["round", *map(str, shown)], rows)
 
 
 def _search_table(outcomes: Sequence[Outcome]) -> str:
@@ -197,7 +198,7 @@ def _search_table(outcomes: Sequence[Outcome]) -> str:
                 keys = ", ".join(f"`{key}`" for key in outcome.at_edge)
                 loss += f", at the edge of the search ({keys})"
             rows.append([outcome.name, f"{bold}{_settings_text(choice.items())}{bold}", loss])
-    return _table(["", "tried", "held-out loss"], rows)
+    return table(["", "tried", "held-out loss"], rows)
 
 
 def _settings_text(settings: Iterable[tuple[str, Any]]) -> str:
