@@ -27,7 +27,7 @@ from ferret_flwr.rounds import to_send
 from ferret_flwr.training.in_place import InPlaceFollower, Reached
 from ferret_flwr.training.lean import Applied
 from ferret_flwr.training.tensors import (
-    device_of,
+    devices_of,
     load_masters,
     masters_of,
     placed,
@@ -112,11 +112,12 @@ class FerretClient(NumPyClient):
             Naming the node and the key of its node-config that is wrong or missing.
         """
         parameters = trainable_parameters(model)
-        base, device = masters_of(parameters), device_of(parameters)
+        devices = devices_of(parameters)
+        base = masters_of(parameters)
         follower = Follower(
             Layout.of(parameters),
-            lambda: placed([array.copy() for array in base], device),
-            place=lambda arrays: placed(arrays, device),
+            lambda: placed([array.copy() for array in base], devices),
+            place=lambda arrays: placed(arrays, devices),
         )
         own = context.node_config
         check_own(own)
