@@ -62,13 +62,13 @@ def devices_of(parameters: Mapping[str, torch.Tensor]) -> list[torch.device | No
         Naming a tensor that is not in memory.
     """
     for name, parameter in parameters.items():
-        if parameter.is_meta:
+        if local(parameter).is_meta:
             raise ModelError(
                 f"parameter '{name}' is not in memory: its values were offloaded, or never loaded. "
                 "What is trained must lie on GPUs or with the processor as a whole: use a device "
                 "map without offloading, fewer trainable parameters, or a smaller model"
             )
-    devices = [p.device if p.device.type == "cuda" else None for p in parameters.values()]
+    devices = [p.device if local(p).is_cuda else None for p in parameters.values()]
     if any(devices) and not has_triton():
         _warn_once()
         return [None] * len(devices)
