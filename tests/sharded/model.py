@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from flwr.app import Context, RecordDict
-from flwr.server import Server, SimpleClientManager
+from flwr.server import History, Server, SimpleClientManager
 from flwr.server.strategy import FedAvg
 from torch.nn import functional
 
@@ -47,7 +48,7 @@ def shard(model: Tied) -> Tied:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for part in (model.inner, model.outer, model):
         fully_shard(part, mesh=mesh)
     return model
@@ -71,8 +72,15 @@ def loss_of(model: Tied) -> float:
         return functional.cross_entropy(model(tokens)[0].float(), tokens[0].flip(0)).item()
 
 
-def client_of(model: Tied, node: int, folder: Path) -> FerretClient:
+def context_of(node: int, folder: Path) -> Context:
+    """Return what Flower would hand to a node's ``client_fn``."""
+    own = {"partition-id": node, "ferret.cache-dir": str(folder)}
+    return Context(1, node, own, RecordDict(), {})
+
+
+def client_of(model: Tied, context: Context) -> FerretClient:
     """Return the client of a node."""
+    node = int(context.node_config["partition-id"])
 
     def train(round, config):  # type: ignore[no-untyped-def]
         before = step(model, 10 * round + node)
@@ -81,18 +89,28 @@ def client_of(model: Tied, node: int, folder: Path) -> FerretClient:
     def evaluate(round, config):  # type: ignore[no-untyped-def]
         return loss_of(model), 8, {}
 
-    own = {"partition-id": node, "ferret.cache-dir": str(folder)}
-    context = Context(1, node, own, RecordDict(), {})
     return FerretClient.of(model, train, context, evaluate=evaluate)
 
 
-def federation(clients: list[FerretClient], rounds: int = 3) -> Ferret:
-    """Run Flower's own loop with one process's ends of ``clients``."""
-    strategy = Ferret(FedAvg(fraction_evaluate=1.0), FerretConfig(coefficients=150))
+def make_client(context: Context) -> FerretClient:
+    """Return the client of one of the processes of a node."""
+    return client_of(shard(Tied(torch.float32)), context)
+
+
+def federation(
+    clients: list[FerretClient], rounds: int = 3
+) -> tuple[Ferret, History, list[InProcess]]:
+    """Run Flower's own loop; return the strategy, what was measured, and the nodes."""
+    inner = FedAvg(min_fit_clients=1, min_evaluate_clients=1, min_available_clients=1)
+    strategy = Ferret(inner, FerretConfig(coefficients=150))
     manager = SimpleClientManager()
-    for node, client in enumerate(clients):
-        manager.register(InProcess(node, lambda _, client=client: client.to_client()))
+    nodes = [
+        InProcess(node, lambda _, client=client: client.to_client())
+        for node, client in enumerate(clients)
+    ]
+    for node in nodes:
+        manager.register(node)
     server = Server(client_manager=manager, strategy=strategy)
     server.set_max_workers(1)
-    strategy.history = server.fit(rounds, timeout=None)[0]
-    return strategy
+    history, _ = server.fit(rounds, timeout=None)
+    return strategy, history, nodes

@@ -15,7 +15,7 @@ from ferret_flwr.projection.projection import project
 from ferret_flwr.replica import Replica
 from ferret_flwr.rounds import publish
 from ferret_flwr.training.tensors import as_arrays, load_masters, masters_of, trainable_parameters
-from tests.sharded.model import Tied, client_of, federation, loss_of, shard, step
+from tests.sharded.model import Tied, client_of, context_of, federation, loss_of, shard, step
 
 DTYPES = ["float32", "bfloat16"]
 KINDS = ["interleaved", "contiguous"]
@@ -73,8 +73,11 @@ def found(model: Tied, layout: Layout) -> dict[str, np.ndarray]:
 
 def run_federation(model: Tied, folder: Path) -> dict[str, np.ndarray]:
     """Run three rounds of ``model`` and of one that lies in this process alone."""
-    clients = [client_of(model, 0, folder), client_of(Tied(torch.float32), 1, folder)]
-    strategy = federation(clients)
+    clients = [
+        client_of(model, context_of(0, folder)),
+        client_of(Tied(torch.float32), context_of(1, folder)),
+    ]
+    strategy, history, _ = federation(clients)
     last = strategy.ledger.entries[-1]
     assert not strategy.refused
     replica = clients[0].follower.follow(strategy.ledger)
@@ -83,13 +86,13 @@ def run_federation(model: Tied, folder: Path) -> dict[str, np.ndarray]:
         "run/fingerprint": np.array(replica.fingerprint),
         "run/named": np.array(strategy.ledger.fingerprint),
         "run/c": last.coefficients,
-        "run/losses": np.array([loss for _, loss in strategy.history.losses_distributed]),
+        "run/losses": np.array([loss for _, loss in history.losses_distributed]),
     }
 
 
 def in_process(rank: int, processes: int, folder: str) -> None:
     """Do it as one of several processes."""
-    from ferret_flwr.training.sharded import layout_of, reshard
+    from ferret_flwr.training.sharded import layout_of
 
     torch.set_num_threads(1)
     numba.set_num_threads(1)
@@ -104,7 +107,6 @@ def in_process(rank: int, processes: int, folder: str) -> None:
         outcome |= {f"{dtype}/{k}": v for k, v in found(model, layout).items()}
         outcome[f"{dtype}/first"] = np.array(layout.pieces.first)
         outcome[f"{dtype}/layout"] = np.array(layout.fingerprint)
-        reshard(model)
     outcome |= run_federation(shard(Tied(torch.float32)), Path(folder, f"cache-{rank}"))
     np.savez(Path(folder, f"{rank}.npz"), **outcome)
     dist.destroy_process_group()
