@@ -1,5 +1,6 @@
 """A model on a GPU: its replica lives there, with the bits that it has in host memory."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ from ferret_flwr.training.tensors import (
     masters_of,
     masters_on,
     placed,
+    trainable_parameters,
 )
 from ferret_flwr.training.worker import Worker, live_replica
 from tests.projection import tensors as backends
@@ -207,3 +209,28 @@ def test_a_tensor_that_was_offloaded_is_named():
     parameters = {"w": torch.zeros(3), "v": torch.zeros(3, device="meta")}
     with pytest.raises(ModelError, match="parameter 'v' is not in memory: .*device map without"):
         devices_of(parameters)
+
+
+def test_a_model_that_accelerate_has_offloaded(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    where = {"0": "cpu", "1": "disk"}
+    accelerate.dispatch_model(model, where, offload_dir=str(tmp_path), main_device="cpu")
+    with pytest.raises(ModelError, match="parameter '1.weight' is not in memory"):
+        devices_of(trainable_parameters(model))
+
+
+def test_a_model_over_all_gpus():
+    pytest.importorskip("accelerate")
+    worker, other = Worker(ModelConfig(device="balanced")), Worker(ModelConfig(device="cpu"))
+    places = {None if isinstance(a, np.ndarray) else a.device for a in worker._base()}
+    gpus = {torch.device("cuda", i) for i in range(torch.cuda.device_count())} or {None}
+    assert places <= (gpus if backends.find_spec("triton") else {None})
+    assert worker.layout == other.layout  # tied weights are tied
+    assert worker.base_fingerprint == other.base_fingerprint
+
+
+def test_accelerate_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ModelError, match="'model.device' = 'balanced' .*accelerate"):
+        Worker(ModelConfig(device="balanced"))

@@ -39,7 +39,7 @@ class ShardedClient(NumPyClient):
     Parameters
     ----------
     make
-        Returns the client, by `FerretClient.of`. Called in each process, where `torch.distributed`
+        Returns the client, by `FerretClient.of`. Called in each process, where ``torch.distributed``
         is ready, so it must be a function of a module.
     context
         What Flower hands to ``client_fn``; ``make`` gets it.

@@ -1,7 +1,7 @@
 """A model that FSDP has sharded over several processes: which part of it lies in this one.
 
 Every process projects and reconstructs its own part; what they exchange are K numbers and
-fingerprints. `torch.distributed.fsdp.fully_shard` makes such models.
+fingerprints. ``torch.distributed.fsdp.fully_shard`` makes such models.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ from ferret_flwr.training.tensors import (
 log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 5.0
+OFFLOADED = ("cpu", "disk")  # to where accelerate leaves what a GPU has no room for
 
 
 class Progress:
@@ -141,10 +142,26 @@ def _place(model: torch.nn.Module, device: str) -> None:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
+        if device == "balanced":
+            _balance(model)
+        else:
+            model.to(device)
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"'model.device' = {device!r} cannot be used: {reason}") from error
+
+
+def _balance(model: torch.nn.Module) -> None:
+    """Spread ``model`` over all GPUs, whole layers each, as ``device_map="balanced"`` does."""
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    kept = list(getattr(model, "_no_split_modules", None) or ())
+    memory = get_balanced_memory(model, no_split_module_classes=kept)
+    where = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=kept)
+    if torch.cuda.is_available() and (left := {n for n, at in where.items() if at in OFFLOADED}):
+        raise RuntimeError(f"the GPUs have no room for {', '.join(sorted(left))}")
+    dispatch_model(model, where)
 
 
 @lru_cache(maxsize=1)
