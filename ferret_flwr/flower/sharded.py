@@ -39,8 +39,8 @@ class ShardedClient(NumPyClient):
     Parameters
     ----------
     make
-        Returns the client, by `FerretClient.of`. Called in each process, where ``torch.distributed``
-        is ready, so it must be a function of a module.
+        Returns the client, by `FerretClient.of`. Called in each process, where torch's process
+        group is ready, so it must be a function of a module.
     context
         What Flower hands to ``client_fn``; ``make`` gets it.
     processes

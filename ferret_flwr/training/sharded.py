@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import reduce
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from ferret_flwr.projection.layout import Layout, Pieces
 from .errors import ModelError
 from .tensors import local, trainable_parameters
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -116,16 +115,16 @@ def _sharded_dimension(name: str, parameter: torch.Tensor) -> int | None:
     return dims[0] if dims else None
 
 
-def resharded(model: torch.nn.Module, step: Callable[P, T]) -> Callable[P, T]:
+def resharded(model: torch.nn.Module, step: Callable[..., T]) -> Callable[..., T]:
     """Return ``step``, before which the model lets go of what it has gathered.
 
     After a forward pass alone FSDP keeps the whole parameters of its root, and would go on with
     them though the shards have been changed since.
     """
 
-    def first(*args: P.args, **kwargs: P.kwargs) -> T:
+    def first(*arguments: Any) -> T:
         reshard(model)
-        return step(*args, **kwargs)
+        return step(*arguments)
 
     return first
 

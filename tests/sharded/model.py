@@ -43,14 +43,17 @@ class Tied(torch.nn.Module):
         return self.head(self.norm(x + self.outer(torch.tanh(self.inner(x)))))
 
 
-def shard(model: Tied) -> Tied:
-    """Shard it over all processes, the inner layers in groups of their own."""
+def shard(model: Tied, *, replicas: int = 1) -> Tied:
+    """Shard it over all processes, the inner layers in groups of their own; or keep replicas."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    processes = dist.get_world_size()
+    shape = (processes,) if replicas == 1 else (replicas, processes // replicas)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
+    alone = {model.shift} if replicas > 1 else set()
     for part in (model.inner, model.outer, model):
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, ignored_params=alone)
     return model
 
 

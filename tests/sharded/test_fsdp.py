@@ -85,6 +85,25 @@ def test_a_local_round_under_fsdp(both):
     assert 0 < alone["round/fidelity"] < 1
 
 
+def test_replicas_count_once(sharded, one_thread):
+    model = Tied(torch.float32)
+    layout = Layout.of(trainable_parameters(model))
+    alone = work.found(model, layout)
+    for one in sharded:
+        for name in NAMES:
+            assert one[f"replicas/{name}/fingerprint"] == alone[f"{name}/fingerprint"]
+            found, expected = one[f"replicas/{name}/gamma"], alone[f"{name}/gamma"]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        for i in range(len(layout.names)):
+            assert one[f"replicas/w/{i}"].tobytes() == alone[f"w/{i}"].tobytes()
+
+
+def test_models_sharded_in_other_ways_are_refused(sharded):
+    for one in sharded:
+        assert "parameter 'weight' is placed as (Shard(dim=1),): a" in str(one["refused/columns"])
+        assert "shard it with torch.distributed.fsdp.fully_shard" in str(one["refused/older"])
+
+
 def test_a_run_with_a_sharded_node_and_another(sharded, tmp_path):
     alone = work.run_federation(Tied(torch.float32), tmp_path)
     for one in sharded:

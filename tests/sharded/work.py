@@ -14,6 +14,7 @@ from ferret_flwr.projection.plan import RoundPlan
 from ferret_flwr.projection.projection import project
 from ferret_flwr.replica import Replica
 from ferret_flwr.rounds import publish
+from ferret_flwr.training.errors import ModelError
 from ferret_flwr.training.tensors import as_arrays, load_masters, masters_of, trainable_parameters
 from tests.sharded.model import Tied, client_of, context_of, federation, loss_of, shard, step
 
@@ -90,6 +91,30 @@ def run_federation(model: Tied, folder: Path) -> dict[str, np.ndarray]:
     }
 
 
+def refusals() -> dict[str, str]:
+    """Return what is said of models that are sharded in other ways."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from ferret_flwr.training.sharded import is_sharded, layout_of
+
+    said = {}
+    columns = torch.nn.Linear(4, 4)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    columns.weight = torch.nn.Parameter(distribute_tensor(columns.weight, mesh, [Shard(1)]))
+    older = FullyShardedDataParallel(torch.nn.Linear(4, 4), device_id=torch.device("cpu"))
+    for name, look in {
+        "columns": lambda: layout_of(columns),
+        "older": lambda: is_sharded(older),
+    }.items():
+        try:
+            look()
+        except ModelError as error:
+            said[name] = str(error)
+    return said
+
+
 def in_process(rank: int, processes: int, folder: str) -> None:
     """Do it as one of several processes."""
     from ferret_flwr.training.sharded import layout_of
@@ -107,6 +132,9 @@ def in_process(rank: int, processes: int, folder: str) -> None:
         outcome |= {f"{dtype}/{k}": v for k, v in found(model, layout).items()}
         outcome[f"{dtype}/first"] = np.array(layout.pieces.first)
         outcome[f"{dtype}/layout"] = np.array(layout.fingerprint)
+    model = shard(Tied(torch.float32), replicas=processes)
+    outcome |= {f"replicas/{k}": v for k, v in found(model, layout_of(model)).items()}
+    outcome |= {f"refused/{k}": np.array(v) for k, v in refusals().items()}
     outcome |= run_federation(shard(Tied(torch.float32)), Path(folder, f"cache-{rank}"))
     np.savez(Path(folder, f"{rank}.npz"), **outcome)
     dist.destroy_process_group()
