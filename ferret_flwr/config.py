@@ -52,7 +52,7 @@ class ModelConfig:
     revision: str = ""  # commit or tag of a Hub id; "" = the default branch
     gguf_file: str = ""  # a GGUF file inside `model.name`, dequantised on load
     dtype: str = _one_of("float32", "bfloat16", "float16")  # of the parameters in training
-    device: str = "auto"  # as torch names it; "auto" = the first GPU if there is one
+    device: str = "auto"  # as torch names it; "auto" = the first GPU, "balanced" = all GPUs
     gradient_checkpointing: bool = False  # less memory, more time
     trust_remote_code: bool = False  # run code that comes with the model
 

@@ -1,5 +1,6 @@
 """A model on a GPU: its replica lives there, with the bits that it has in host memory."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,15 @@ from ferret_flwr.projection.plan import RoundPlan
 from ferret_flwr.replica import Replica
 from ferret_flwr.rounds import publish
 from ferret_flwr.snapshot import Snapshots
-from ferret_flwr.training.tensors import device_of, load_masters, masters_of, masters_on, placed
+from ferret_flwr.training.errors import ModelError
+from ferret_flwr.training.tensors import (
+    devices_of,
+    load_masters,
+    masters_of,
+    masters_on,
+    placed,
+    trainable_parameters,
+)
 from ferret_flwr.training.worker import Worker, live_replica
 from tests.projection import tensors as backends
 
@@ -35,27 +44,41 @@ class Model(SimpleNamespace):
     """What a `Worker` has, of a model that is small enough for the interpreter."""
 
     @classmethod
-    def of(cls, dtype, device):
+    def of(cls, dtype, devices):
         rng = np.random.default_rng(0)
+        shapes = {"embed": (70, 11), "norm": (33,), "head": (60, 20)}
         parameters = {
             name: torch.nn.Parameter(torch.from_numpy(rng.standard_normal(shape)).to(device, dtype))
-            for name, shape in {"embed": (70, 11), "norm": (33,), "head": (60, 20)}.items()
+            for (name, shape), device in zip(shapes.items(), devices, strict=True)
         }
         layout = Layout.of(parameters)
         config = SimpleNamespace(dtype=str(dtype).removeprefix("torch."))
         follower = Follower(
             layout,
-            lambda: masters_on(parameters, device),
+            lambda: masters_on(parameters, devices),
             config.dtype,
-            lambda arrays: placed(arrays, device),
+            lambda arrays: placed(arrays, devices),
         )
         return cls(
-            parameters=parameters, layout=layout, config=config, device=device, follower=follower
+            parameters=parameters, layout=layout, config=config, devices=devices, follower=follower
         )
 
 
-def make_worker(dtype, device):
-    return Model.of(getattr(torch, dtype), device)
+HERE = [None, None, None]
+
+
+def make_worker(dtype, devices):
+    return Model.of(getattr(torch, dtype), devices)
+
+
+@pytest.fixture(params=["together", "apart"])
+def devices(request, device):
+    """Where each tensor lies: all on one device, or the second in host memory."""
+    return [device, device if request.param == "together" else None, device]
+
+
+def kinds(replica):
+    return [None if isinstance(a, np.ndarray) else a.device.type for a in replica.arrays]
 
 
 def make_ledger(header, rounds=3):
@@ -77,17 +100,15 @@ def on_host(replica):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_replica_has_the_same_bits_wherever_it_lives(device, dtype):
-    here, there = make_worker(dtype, None), make_worker(dtype, device)
+def test_a_replica_has_the_same_bits_wherever_it_lives(devices, dtype):
+    here, there = make_worker(dtype, HERE), make_worker(dtype, devices)
     ledger = make_ledger(here.follower.from_base().header)
     assert there.follower.from_base().header == ledger.header
     for rounds in range(1, 4):
         ours = here.follower.follow(ledger.until(rounds))
         theirs = there.follower.follow(ledger.until(rounds))
-        assert all(isinstance(a, np.ndarray) for a in ours.arrays)
-        assert all(
-            isinstance(a, torch.Tensor) and a.device.type == device.type for a in theirs.arrays
-        )
+        assert kinds(ours) == HERE
+        assert kinds(theirs) == [device and device.type for device in devices]
         assert ours.fingerprint == theirs.fingerprint
         assert on_host(ours) == on_host(theirs)
     load_masters(here.parameters, ours.arrays)
@@ -97,9 +118,9 @@ def test_a_replica_has_the_same_bits_wherever_it_lives(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_local_round_sends_the_same_numbers(device, dtype):
+def test_a_local_round_sends_the_same_numbers(devices, dtype):
     outcomes, starts = [], []
-    for where in (None, device):
+    for where in (HERE, devices):
         worker = make_worker(dtype, where)
         ledger = make_ledger(worker.follower.from_base().header, rounds=1)
         replica = worker.follower.follow(ledger)
@@ -128,8 +149,8 @@ def test_a_local_round_sends_the_same_numbers(device, dtype):
     assert 0 < theirs.fidelity < 1
 
 
-def test_snapshots_are_read_wherever_they_were_written(device, tmp_path):
-    here, there = make_worker("float32", None), make_worker("float32", device)
+def test_snapshots_are_read_wherever_they_were_written(devices, tmp_path):
+    here, there = make_worker("float32", HERE), make_worker("float32", devices)
     ledger = make_ledger(here.follower.from_base().header)
     snapshots = Snapshots(tmp_path)
     for writer, reader in ((there, here), (here, there)):
@@ -143,15 +164,14 @@ def test_snapshots_are_read_wherever_they_were_written(device, tmp_path):
         follower = Follower(reader.layout, no_base, place=reader.follower.place)
         read = follower.follow(named, snapshots)
         assert on_host(read) == on_host(written)
-        kind = np.ndarray if reader is here else torch.Tensor
-        assert all(isinstance(array, kind) for array in read.arrays)
+        assert kinds(read) == kinds(reader.follower.from_base())
         (path,) = tmp_path.glob("*.npy")
         path.unlink()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_live_replica_moves_the_model_where_it_is(device, dtype):
-    worker = make_worker(dtype, device)
+def test_a_live_replica_moves_the_model_where_it_is(devices, dtype):
+    worker = make_worker(dtype, devices)
     ledger = make_ledger(Replica(worker.layout, masters_of(worker.parameters), dtype).header)
     expected = Replica(worker.layout, masters_of(worker.parameters), dtype)
     expected.follow(ledger)
@@ -164,7 +184,7 @@ def test_a_live_replica_moves_the_model_where_it_is(device, dtype):
 
 def test_masters_on_a_device_are_copies(device):
     parameters = {"w": torch.nn.Parameter(torch.tensor([0.1, -3.0], dtype=torch.bfloat16))}
-    (master,) = masters_on(parameters, device)
+    (master,) = masters_on(parameters, [device])
     assert master.dtype == torch.float32 and not master.requires_grad
     assert master.tolist() == parameters["w"].tolist()
     master[0] = 7
@@ -180,6 +200,37 @@ def test_the_workers_replica_is_where_it_was_asked_for(device):
 
 
 def test_a_model_in_host_memory_stays_there():
-    assert device_of({"w": torch.nn.Parameter(torch.zeros(3))}) is None
+    assert devices_of({"w": torch.nn.Parameter(torch.zeros(3))}) == [None]
     arrays = [np.zeros(3, dtype=np.float32)]
-    assert placed(arrays, None)[0] is arrays[0]
+    assert placed(arrays, [None])[0] is arrays[0]
+
+
+def test_a_tensor_that_was_offloaded_is_named():
+    parameters = {"w": torch.zeros(3), "v": torch.zeros(3, device="meta")}
+    with pytest.raises(ModelError, match="parameter 'v' is not in memory: .*device map without"):
+        devices_of(parameters)
+
+
+def test_a_model_that_accelerate_has_offloaded(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    where = {"0": "cpu", "1": "disk"}
+    accelerate.dispatch_model(model, where, offload_dir=str(tmp_path), main_device="cpu")
+    with pytest.raises(ModelError, match="parameter '1.weight' is not in memory"):
+        devices_of(trainable_parameters(model))
+
+
+def test_a_model_over_all_gpus():
+    pytest.importorskip("accelerate")
+    worker, other = Worker(ModelConfig(device="balanced")), Worker(ModelConfig(device="cpu"))
+    places = {None if isinstance(a, np.ndarray) else a.device for a in worker._base()}
+    gpus = {torch.device("cuda", i) for i in range(torch.cuda.device_count())} or {None}
+    assert places <= (gpus if backends.find_spec("triton") else {None})
+    assert worker.layout == other.layout  # tied weights are tied
+    assert worker.base_fingerprint == other.base_fingerprint
+
+
+def test_accelerate_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ModelError, match="'model.device' = 'balanced' .*accelerate"):
+        Worker(ModelConfig(device="balanced"))

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ferret_flwr.flower.client import FerretClient
     from ferret_flwr.flower.mod import ferret_mod
+    from ferret_flwr.flower.sharded import ShardedClient
     from ferret_flwr.flower.strategy import Ferret
 
-__all__ = ["Ferret", "FerretClient", "ferret_mod"]
+__all__ = ["Ferret", "FerretClient", "ShardedClient", "ferret_mod"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from ferret_flwr.flower.mod import ferret_mod
 
         return ferret_mod
+    if name == "ShardedClient":
+        from ferret_flwr.flower.sharded import ShardedClient
+
+        return ShardedClient
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from ferret_flwr.rounds import to_send
 from ferret_flwr.training.in_place import InPlaceFollower, Reached
 from ferret_flwr.training.lean import Applied
 from ferret_flwr.training.tensors import (
-    device_of,
+    devices_of,
     load_masters,
     masters_of,
     placed,
@@ -98,7 +99,9 @@ class FerretClient(NumPyClient):
         Parameters
         ----------
         model
-            Still at its base weights, which are the same on every node.
+            Still at its base weights, which are the same on every node. Its tensors may lie on
+            several devices; one that ``fully_shard`` has sharded is answered for by all processes
+            of its mesh, each with a client of its own that gets every message.
         train, evaluate
             As in `FerretClient`.
         context
@@ -110,20 +113,31 @@ class FerretClient(NumPyClient):
         ------
         ConfigError
             Naming the node and the key of its node-config that is wrong or missing.
+        ModelError
+            Naming a parameter that is offloaded, or sharded in another way.
         """
+        layout = None
+        if "torch.distributed.tensor" in sys.modules:  # else nothing is sharded
+            from ferret_flwr.training import sharded
+
+            if sharded.is_sharded(model):
+                layout = sharded.layout_of(model)
+                train = sharded.resharded(model, train)
+                evaluate = evaluate and sharded.resharded(model, evaluate)
         parameters = trainable_parameters(model)
-        base, device = masters_of(parameters), device_of(parameters)
+        devices = devices_of(parameters)
+        base = masters_of(parameters)
         follower = Follower(
-            Layout.of(parameters),
-            lambda: placed([array.copy() for array in base], device),
-            place=lambda arrays: placed(arrays, device),
+            layout or Layout.of(parameters),
+            lambda: placed([array.copy() for array in base], devices),
+            place=lambda arrays: placed(arrays, devices),
         )
         own = context.node_config
         check_own(own)
         cache = LedgerCache.of(
             context,
             str(own.get("ferret.cache-dir", "")),
-            snapshots=bool(own.get("ferret.snapshots", True)),
+            snapshots=bool(own.get("ferret.snapshots", True)) and layout is None,
         )
         return cls(
             parameters,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,28 @@ from ferret_flwr.projection.families import GROUP
 
 class LayoutError(ValueError):
     """Tensors do not have the layout that was asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """What one of several processes holds of a model that is sharded over them.
+
+    Attributes
+    ----------
+    first, size
+        First element, and number of elements that follow it, of each tensor here: ``(T,)`` each.
+    counted
+        Whether what is here counts in sums over all processes, as it must in exactly one of those
+        that hold the same elements: ``(T,)``.
+    add_up
+        Returns the sum of the arrays that all processes call it with, the same bits in each:
+        float64, or uint64 modulo 2⁶⁴.
+    """
+
+    first: tuple[int, ...]
+    size: tuple[int, ...]
+    counted: tuple[bool, ...]
+    add_up: Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -31,12 +53,15 @@ class Layout:
         How many of the tensors, the last ones, are not projected but sent as they are.
     beside
         Digest of what else must be the same for two models to be alike, "" if nothing must.
+    pieces
+        What this process holds of the tensors, None if it holds all of each.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     exact: int = 0
     beside: str = ""
+    pieces: Pieces | None = None
 
     def __post_init__(self) -> None:
         """Check that something is left to project."""
@@ -57,6 +82,22 @@ class Layout:
         """Index of each tensor's first element, then d: int64, one longer than ``names``."""
         sizes = [math.prod(shape) for shape in self.shapes]
         return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+
+    @cached_property
+    def here(self) -> np.ndarray:
+        """Index of the first element of each tensor here, and of the one behind: ``(T, 2)``."""
+        if self.pieces is None:
+            return np.stack([self.offsets[:-1], self.offsets[1:]], axis=1)
+        start = self.offsets[:-1] + np.array(self.pieces.first, dtype=np.int64)
+        return np.stack([start, start + np.array(self.pieces.size, dtype=np.int64)], axis=1)
+
+    def counts(self, tensor: int) -> bool:
+        """Return whether what is here of a tensor counts in sums over all processes."""
+        return self.pieces is None or self.pieces.counted[tensor]
+
+    def add_up(self, array: np.ndarray) -> np.ndarray:
+        """Return the sum over all processes that hold pieces, ``array`` itself if it is one."""
+        return array if self.pieces is None else self.pieces.add_up(array)
 
     @property
     def size(self) -> int:
@@ -86,10 +127,12 @@ class Layout:
         """Raise `LayoutError` naming the first array that is missing or has another size."""
         if len(arrays) != len(self.names):
             raise LayoutError(f"expected {len(self.names)} tensors, got {len(arrays)}")
-        for name, shape, array in zip(self.names, self.shapes, arrays, strict=True):
-            if math.prod(array.shape) != math.prod(shape):
+        sizes = (self.here[:, 1] - self.here[:, 0]).tolist()
+        for name, shape, size, array in zip(self.names, self.shapes, sizes, arrays, strict=True):
+            if math.prod(array.shape) != size:
+                of = "here of " if self.pieces else "as "
                 raise LayoutError(
-                    f"tensor '{name}' must have {math.prod(shape)} elements, as shape {shape}, "
+                    f"tensor '{name}' must have {size} elements, {of}shape {shape}, "
                     f"got shape {tuple(array.shape)}"
                 )
 

@@ -1,14 +1,17 @@
 """Project an update onto a round's bases, and take its reconstruction off the parameters.
 
 The parameters are a list of tensors in layout order: NumPy arrays, or torch tensors on a GPU, where
-everything stays but K numbers. Nothing here is ever as large as the model.
+everything stays but K numbers. Each may lie somewhere else; what a projection finds in one place
+after the other, in the order of their first tensors, is added up in float64. Of a model that is
+sharded over processes, each brings its `Pieces`, and the projections of all are added up.
+Nothing here is ever as large as the model.
 The coefficients of exact tensors, behind the K others, are the elements of the update themselves.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from types import ModuleType
@@ -40,19 +43,35 @@ WHOLE = 2**62  # a block that no model fills
 ELEMENTS_PER_THREAD = 2**19  # of a piece; waking a thread for fewer costs more than it saves
 
 
-@lru_cache(maxsize=4)
-def _segments(layout: Layout, tensors: int, block_size: int) -> Segments:
-    return Segments.of(layout.offsets[: tensors + 1], block_size)
+@lru_cache(maxsize=16)
+def _segments(layout: Layout, tensors: tuple[int, ...], block_size: int) -> Segments:
+    return Segments.of_pieces(layout.here[list(tensors)], block_size)
 
 
-def _segments_for(layout: Layout, plan: RoundPlan) -> Segments:
-    """Return the pieces to walk."""
-    return _segments(layout, layout.num_projected, _block_size(plan))
+def _segments_of(layout: Layout, tensor: int, block_size: int) -> Segments:
+    """Return the segments of one tensor as those of tensor 0."""
+    start, stop = layout.here[tensor].tolist()
+    return Segments.of_piece(start, stop - start, block_size)
+
+
+def _walks(
+    arrays: Sequence[Array], tensors: Iterable[int], layout: Layout, block_size: int
+) -> Iterator[tuple[tuple[int, ...], Segments]]:
+    """Yield which ``tensors`` lie together, one place after the other, and the pieces to walk."""
+    places: dict[str, list[int]] = {}
+    for tensor in tensors:
+        places.setdefault(_place(arrays[tensor]), []).append(tensor)
+    for together in places.values():
+        yield tuple(together), _segments(layout, tuple(together), block_size)
 
 
 def _block_size(plan: RoundPlan) -> int:
     """Return what cuts the pieces to walk; interleaved blocks do not."""
     return WHOLE if plan.interleaved else plan.blocks.block_size
+
+
+def _of(arrays: Sequence[Array], tensors: Iterable[int]) -> list[Array]:
+    return [arrays[tensor] for tensor in tensors]
 
 
 def _kernel(plan: RoundPlan, array: Array) -> ModuleType:
@@ -62,15 +81,23 @@ def _kernel(plan: RoundPlan, array: Array) -> ModuleType:
 
 
 def _check(
-    arrays: Sequence[Array], layout: Layout, dtypes: Sequence[str] = (), first: Array | None = None
+    arrays: Sequence[Array],
+    layout: Layout,
+    dtypes: Sequence[str] = (),
+    beside: Sequence[Array] | None = None,
 ) -> None:
-    """Check sizes, dtypes (any projectable one unless given), and that all lie with ``first``."""
+    """Check sizes, dtypes (any projectable one unless given), and that each lies ``beside`` one."""
     layout.check(arrays)
-    first = arrays[0] if first is None else first
-    for name, array in zip(layout.names, arrays, strict=True):
-        if _place(array) != _place(first):
+    for tensor, (name, array) in enumerate(zip(layout.names, arrays, strict=True)):
+        place = _place(array)
+        if place.endswith(" meta"):
             raise LayoutError(
-                f"tensor '{name}' must be a {_place(first)} as the others, got a {_place(array)}"
+                f"tensor '{name}' is not in memory: it was offloaded, or never loaded; every "
+                "tensor must lie on a GPU or with the processor"
+            )
+        if beside is not None and place != _place(beside[tensor]):
+            raise LayoutError(
+                f"tensor '{name}' must be a {_place(beside[tensor])} as before, got a {place}"
             )
         allowed = dtypes or projectable(array)
         if dtype_name(array) not in allowed:
@@ -104,12 +131,14 @@ def project(
     Returns
     -------
     numpy.ndarray
-        γ_{l,k} = Σ_{i in block l} v_{k,i} Δ_i, and Δ_i of exact tensors: float64, ``(K + E,)``.
+        γ_{l,k} = Σ_{i in block l} v_{k,i} Δ_i, and Δ_i of exact tensors: float64, ``(K + E,)``;
+        of all processes together if ``layout`` has pieces.
 
     Raises
     ------
     LayoutError
-        If a tensor has another size, dtype or device than expected.
+        If a tensor has another size or dtype than expected, lies elsewhere after than before, or
+        is on no device.
     PlanError
         If Δ is not finite; it names the tensor.
     ImportError
@@ -119,23 +148,31 @@ def project(
     _check(before, layout)
     before = dense(before)
     if after is not None:
-        _check(after, layout, first=before[0])
+        _check(after, layout, beside=before)
         after = dense(after)
         for name, old, new in zip(layout.names, before, after, strict=True):
             if old.dtype != new.dtype:
                 raise LayoutError(
                     f"tensor '{name}' changed from {dtype_name(old)} to {dtype_name(new)}"
                 )
-    kernel = _kernel(plan, before[0])
-    coefficients = kernel.project(before, after, _segments_for(layout, plan), plan)
-    if layout.exact:
-        exact = _differences(before, after, range(layout.num_projected, len(layout.names)))
-        coefficients = np.concatenate([coefficients, *exact])
+    coefficients = np.zeros(plan.num_coefficients)
+    counted = [tensor for tensor in range(len(layout.names)) if layout.counts(tensor)]
+    projected = [tensor for tensor in counted if tensor < layout.num_projected]
+    for together, segments in _walks(before, projected, layout, _block_size(plan)):
+        old, new = _of(before, together), None if after is None else _of(after, together)
+        coefficients[: plan.num_bases] += _kernel(plan, old[0]).project(old, new, segments, plan)
+    for tensor in counted[len(projected) :]:
+        delta = as_float32(before[tensor])
+        delta = to_host(delta if after is None else delta - as_float32(after[tensor]))
+        coefficients[_exact(layout, plan, tensor)] = delta.ravel()
+    coefficients = layout.add_up(coefficients)
     if not np.isfinite(coefficients).all():
         ends = before if after is None else after
-        for name, old, new in zip(layout.names, before, ends, strict=True):
-            if not (all_finite(old) and all_finite(new)):
-                raise PlanError(f"the update is not finite in tensor '{name}'")
+        pairs = zip(before, ends, strict=True)
+        finite = np.array([all_finite(old) and all_finite(new) for old, new in pairs])
+        wrong = np.flatnonzero(layout.add_up(1.0 - finite))
+        if wrong.size:
+            raise PlanError(f"the update is not finite in tensor '{layout.names[wrong[0]]}'")
         raise PlanError("the update is too large to project in float32")
     return coefficients
 
@@ -159,8 +196,9 @@ class Projection:
     def __init__(self, layout: Layout, plan: RoundPlan) -> None:
         """Start from no update."""
         _check_plan(layout, plan)
-        if layout.exact:
-            raise LayoutError("an update with exact tensors cannot come in pieces")
+        if layout.exact or layout.pieces:
+            which = "with exact tensors" if layout.exact else "of a sharded model"
+            raise LayoutError(f"an update {which} cannot come in pieces")
         self.layout = layout
         self.plan = plan
         self.coefficients = np.zeros(plan.num_coefficients, dtype=np.float64)
@@ -224,7 +262,19 @@ def subtract_tensor(
     """
     published = _published(coefficients, plan)
     with _threads_for(array.size):
-        _take_off(array, tensor, layout, plan, published)
+        _subtract_tensor(array, tensor, layout, plan, published)
+
+
+def _subtract_tensor(
+    array: Array, tensor: int, layout: Layout, plan: RoundPlan, published: np.ndarray
+) -> None:
+    """Take the reconstruction of any tensor off ``array``, in place."""
+    if tensor < layout.num_projected:
+        segments = _segments_of(layout, tensor, _block_size(plan))
+        _kernel(plan, array).subtract([array], published[: plan.num_bases], segments, plan)
+    else:
+        update = placed(published[_exact(layout, plan, tensor)], array)
+        array[...] -= update.reshape(array.shape)
 
 
 def subtract(
@@ -252,7 +302,7 @@ def subtract(
     Raises
     ------
     LayoutError
-        If a tensor has another size, dtype or device than expected, or is read-only.
+        If a tensor has another size or dtype than expected, is on no device, or is read-only.
     PlanError
         If the coefficients are not so many numbers finite in float32.
     ImportError
@@ -262,12 +312,14 @@ def subtract(
     _check(arrays, layout, ("float32",))
     _check_writable(arrays, layout)
     published = _published(coefficients, plan)
-    segments = _segments_for(layout, plan).without(skip)
     changed = dense(arrays)
-    _kernel(plan, arrays[0]).subtract(changed, published[: plan.num_bases], segments, plan)
-    for tensor in range(layout.num_projected, len(changed)):
-        if tensor not in skip:
-            _take_off(changed[tensor], tensor, layout, plan, published)
+    moving = [tensor for tensor in range(len(changed)) if tensor not in skip]
+    projected = [tensor for tensor in moving if tensor < layout.num_projected]
+    for together, segments in _walks(changed, projected, layout, _block_size(plan)):
+        some = _of(changed, together)
+        _kernel(plan, some[0]).subtract(some, published[: plan.num_bases], segments, plan)
+    for tensor in moving[len(projected) :]:
+        _subtract_tensor(changed[tensor], tensor, layout, plan, published)
     for array, copy in zip(arrays, changed, strict=True):
         put_back(array, copy)
 
@@ -278,33 +330,19 @@ def _check_writable(arrays: Sequence[Array], layout: Layout) -> None:
             raise LayoutError(f"tensor '{name}' is read-only")
 
 
-def _take_off(
-    array: Array, tensor: int, layout: Layout, plan: RoundPlan, published: np.ndarray
-) -> None:
-    """Take one tensor's reconstruction, or its exact update, off its dense float32 parameters."""
-    start, stop = map(int, layout.offsets[tensor : tensor + 2])
-    if tensor >= layout.num_projected:
-        shift = plan.num_bases - plan.blocks.size  # from elements to their coefficients
-        update = placed(published[start + shift : stop + shift], array)
-        array[...] -= update.reshape(array.shape)
-        return
-    segments = Segments.of_piece(start, stop - start, _block_size(plan))
-    _kernel(plan, array).subtract([array], published[: plan.num_bases], segments, plan)
-
-
 def reconstruct(
     coefficients: np.ndarray, layout: Layout, plan: RoundPlan, like: Array | None = None
 ) -> Iterator[Array]:
     """Yield the reconstruction Δ̂ tensor by tensor, flat, in float32 (paper, Eq. 7).
 
-    As NumPy arrays, or as tensors on the device of ``like`` if that is one. See `subtract` for the
-    other arguments and the errors.
+    As NumPy arrays, or as tensors on the device of ``like`` if that is one; of a sharded model what
+    lies here. See `subtract` for the other arguments and the errors.
     """
     _check_plan(layout, plan)
     negated = -_published(coefficients, plan)
-    for tensor, size in enumerate(np.diff(layout.offsets)):
-        update = zeros(int(size), like)
-        _take_off(update, tensor, layout, plan, negated)
+    for tensor, (start, stop) in enumerate(layout.here.tolist()):
+        update = zeros(stop - start, like)
+        _subtract_tensor(update, tensor, layout, plan, negated)
         yield update
 
 
@@ -337,25 +375,28 @@ def replay(
         As `subtract`; nothing is changed then.
     """
     _check(base, layout)
-    _check(into, layout, first=base[0])
+    _check(into, layout, beside=base)
     _check_writable(into, layout)
     for plan, _ in rounds:
         _check_plan(layout, plan)
     published = [(plan, _published(c, plan)) for plan, c in rounds]
-    alike = len({(plan.family, plan.blocks) for plan, _ in rounds}) == 1
-    if alike and not layout.exact and not is_numpy(base[0]):
-        changed = dense(into)
-        segments = _segments_for(layout, rounds[0][0])
-        cuda_kernels().replay(dense(base), published, segments, changed)
-        for array, copy in zip(into, changed, strict=True):
-            put_back(array, copy)
-        return
-    for tensor, (old, new) in enumerate(zip(base, into, strict=True)):
-        master = zeros(old.size if is_numpy(old) else old.numel(), like=old)
-        master[...] = as_float32(old).reshape(-1)
-        for plan, c in published:
-            _take_off(master, tensor, layout, plan, c)
-        put_back(new, rounded(master.reshape(new.shape), new))
+    alike = len({(plan.family, plan.blocks) for plan, _ in rounds}) == 1 and not layout.exact
+    block_size = _block_size(rounds[0][0]) if alike else WHOLE
+    for together, segments in _walks(base, range(len(base)), layout, block_size):
+        if alike and not is_numpy(base[together[0]]):
+            targets = _of(into, together)
+            changed = dense(targets)
+            cuda_kernels().replay(dense(_of(base, together)), published, segments, changed)
+            for array, copy in zip(targets, changed, strict=True):
+                put_back(array, copy)
+            continue
+        for tensor in together:
+            old, new = base[tensor], into[tensor]
+            master = zeros(old.size if is_numpy(old) else old.numel(), like=old)
+            master[...] = as_float32(old).reshape(-1)
+            for plan, c in published:
+                _subtract_tensor(master, tensor, layout, plan, c)
+            put_back(new, rounded(master.reshape(new.shape), new))
 
 
 def fidelity(
@@ -374,31 +415,37 @@ def fidelity(
     projected
         γ as `project` returned it.
     """
-    coefficients = (projected * plan.unbiased_scale()).astype(np.float32)
+    coefficients = _published(projected * plan.unbiased_scale(), plan)
     inner = float(coefficients.astype(np.float64) @ projected)  # <Δ̂, Δ> = <c, γ>
-    squares, squares_hat = 0.0, 0.0
-    for old, new, update in zip(
-        before, after, reconstruct(coefficients, layout, plan, before[0]), strict=True
-    ):
-        delta = as_float32(old).ravel() - as_float32(new).ravel()
-        squares += float(delta @ delta)
-        squares_hat += float(update @ update)
-    return inner / math.sqrt(squares * squares_hat) if squares and squares_hat else 0.0
+    squares = np.zeros(2)  # of Δ and Δ̂
+    for tensor, (old, new) in enumerate(zip(before, after, strict=True)):
+        if layout.counts(tensor):
+            delta = as_float32(old).reshape(-1) - as_float32(new).reshape(-1)
+            update = zeros(len(delta), old)
+            _subtract_tensor(update, tensor, layout, plan, coefficients)
+            squares += float(delta @ delta), float(update @ update)
+    length = math.sqrt(np.prod(layout.add_up(squares)))
+    return inner / length if length else 0.0
 
 
 def fingerprint(arrays: Sequence[Array], layout: Layout) -> str:
-    """Return sixteen hexadecimal digits that change with any bit of float32 ``arrays``."""
+    """Return sixteen hexadecimal digits that change with any bit of float32 ``arrays``.
+
+    Of a sharded model they are those of all processes together: the whole model's.
+    """
     _check(arrays, layout, ("float32",))
-    kernel = cpu if is_numpy(arrays[0]) else cuda_kernels()
-    segments = _segments(layout, len(layout.names), WHOLE)
-    return fingerprint_text(kernel.fingerprint(dense(arrays), segments))
+    arrays, total = dense(arrays), np.zeros(1, dtype=np.uint64)
+    counted = filter(layout.counts, range(len(layout.names)))
+    for together, segments in _walks(arrays, counted, layout, WHOLE):
+        kernel = cpu if is_numpy(arrays[together[0]]) else cuda_kernels()
+        total += np.uint64(kernel.fingerprint(_of(arrays, together), segments))
+    return fingerprint_text(int(layout.add_up(total)[0]))
 
 
 def fingerprint_part(array: np.ndarray, tensor: int, layout: Layout) -> int:
     """Return what one C-contiguous float32 tensor adds to the fingerprint, modulo 2⁶⁴."""
-    segments = Segments.of_piece(int(layout.offsets[tensor]), array.size, WHOLE)
     with _threads_for(array.size):
-        return cpu.fingerprint([array], segments)
+        return cpu.fingerprint([array], _segments_of(layout, tensor, WHOLE))
 
 
 def fingerprint_text(total: int) -> str:
@@ -406,13 +453,10 @@ def fingerprint_text(total: int) -> str:
     return f"{total % 2**64:016x}"
 
 
-def _differences(
-    before: Sequence[Array], after: Sequence[Array] | None, tensors: Collection[int]
-) -> Iterator[np.ndarray]:
-    """Yield Δ of some tensors, flat, in float32."""
-    for tensor in tensors:
-        delta = as_float32(before[tensor])
-        yield to_host(delta if after is None else delta - as_float32(after[tensor])).ravel()
+def _exact(layout: Layout, plan: RoundPlan, tensor: int) -> slice:
+    """Return where the coefficients of an exact tensor are, or of its piece here."""
+    start, stop = layout.here[tensor] + (plan.num_bases - plan.blocks.size)
+    return slice(start, stop)
 
 
 def _published(coefficients: np.ndarray, plan: RoundPlan) -> np.ndarray:

@@ -138,7 +138,9 @@ class LeanSteps:
 
         with gradients_passed_to(keep, self.parameters):
             loss.backward(retain_graph=True)
-        return float(torch.linalg.vector_norm(torch.stack([norms[i] for i in sorted(norms)])))
+        device = self.parameters[0].device  # of the result; a model may be spread over several
+        found = torch.stack([norms[i].to(device) for i in sorted(norms)])
+        return float(torch.linalg.vector_norm(found))
 
     @torch.no_grad()
     def _step(

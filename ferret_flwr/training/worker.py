@@ -28,8 +28,8 @@ from ferret_flwr.training.models import LanguageModel, load_model, stored_tensor
 from ferret_flwr.training.optimizers import check_optimizer
 from ferret_flwr.training.partition import partition
 from ferret_flwr.training.tensors import (
-    as_arrays,
-    device_of,
+    as_array,
+    devices_of,
     masters_in_turn,
     masters_of,
     masters_on,
@@ -40,6 +40,7 @@ from ferret_flwr.training.tensors import (
 log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 5.0
+OFFLOADED = ("cpu", "disk")  # to where accelerate leaves what a GPU has no room for
 
 
 class Progress:
@@ -67,8 +68,8 @@ class Worker:
     adapter, settings
         A kind of ``adapters.ADAPTERS`` to tune in place of the model's own parameters; "" for none.
     device
-        Where the replica is to live as torch tensors; by default that is the model's GPU, and
-        without one it lives in host memory as NumPy arrays.
+        Where the replica is to live as torch tensors; by default each of them is where the model's
+        is if that is a GPU, and in host memory as a NumPy array if not.
     """
 
     def __init__(
@@ -89,9 +90,9 @@ class Worker:
         _place(self.lm.model, config.device)
         self.parameters = trainable_parameters(self.lm.model)
         self.layout = Layout.of(self.parameters)
-        self.device = device or device_of(self.parameters)
+        self.devices = [device] * len(self.parameters) if device else devices_of(self.parameters)
         self.follower = Follower(
-            self.layout, self._base, config.dtype, lambda arrays: placed(arrays, self.device)
+            self.layout, self._base, config.dtype, lambda arrays: placed(arrays, self.devices)
         )
         self.in_place = InPlaceFollower(self.layout, self.parameters, self._bases, config.dtype)
         self._versions_of_base = versions(self.parameters)
@@ -107,8 +108,8 @@ class Worker:
         """Return m_0, from the model if it is still there."""
         assert not self.adapter, "what an adapter starts from is nowhere to be loaded"
         if self._at_base():
-            return masters_on(self.parameters, self.device)
-        return masters_on(trainable_parameters(load_model(self.config).model), self.device)
+            return masters_on(self.parameters, self.devices)
+        return masters_on(trainable_parameters(load_model(self.config).model), self.devices)
 
     def _at_base(self) -> bool:
         """Return whether nobody has written to the model."""
@@ -141,10 +142,26 @@ def _place(model: torch.nn.Module, device: str) -> None:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
+        if device == "balanced":
+            _balance(model)
+        else:
+            model.to(device)
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"'model.device' = {device!r} cannot be used: {reason}") from error
+
+
+def _balance(model: torch.nn.Module) -> None:
+    """Spread ``model`` over all GPUs, whole layers each, as ``device_map="balanced"`` does."""
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    kept = list(getattr(model, "_no_split_modules", None) or ())
+    memory = get_balanced_memory(model, no_split_module_classes=kept)
+    where = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=kept)
+    if torch.cuda.is_available() and (left := {n for n, at in where.items() if at in OFFLOADED}):
+        raise RuntimeError(f"the GPUs have no room for {', '.join(sorted(left))}")
+    dispatch_model(model, where)
 
 
 @lru_cache(maxsize=1)
@@ -298,7 +315,10 @@ def live_replica(worker: Worker) -> Replica:
         for parameter in parameters:  # torch does not see what the replica writes
             torch.autograd.graph.increment_version(parameter)
         tensors = [p.detach() for p in parameters]
-        arrays = tensors if worker.device else as_arrays(tensors)
+        arrays = [
+            tensor if device else as_array(tensor)
+            for tensor, device in zip(tensors, worker.devices, strict=True)
+        ]
         return Replica(worker.layout, arrays, worker.config.dtype)
-    masters = masters_on(worker.parameters, worker.device)
+    masters = masters_on(worker.parameters, worker.devices)
     return Replica(worker.layout, masters, worker.config.dtype)

@@ -1,30 +1,18 @@
 """A federation in this process: Flower's own server loop, real clients, a tiny real model."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from flwr.client import Client
-from flwr.common import (
-    Code,
-    EvaluateIns,
-    EvaluateRes,
-    FitIns,
-    FitRes,
-    GetParametersIns,
-    GetParametersRes,
-    GetPropertiesIns,
-    GetPropertiesRes,
-    Status,
-)
+from flwr.common import Code, Status
 from flwr.server import Server, SimpleClientManager
-from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg, Strategy
 
 from ferret_flwr.config import Config, parse
 from ferret_flwr.flower import Ferret, FerretClient
 from ferret_flwr.flower.cache import LedgerCache
 from ferret_flwr.training.worker import Node
+from tests.flower.in_process import InProcess
 
 SETTINGS = {
     "train.steps": 2,
@@ -40,39 +28,6 @@ SETTINGS = {
 def config() -> Config:
     """Return a small run on the built-in model and data."""
     return parse(SETTINGS)
-
-
-class InProcess(ClientProxy):
-    """A node of this process: what it is sent goes to a real client, as Flower would call it."""
-
-    def __init__(self, node: int, make_client: Callable[[int], Client]) -> None:
-        super().__init__(cid=str(node))
-        self.node = node
-        self.make_client = make_client
-        self.requests: list[FitIns | EvaluateIns] = []
-
-    def get_properties(
-        self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None
-    ) -> GetPropertiesRes:
-        return self.make_client(self.node).get_properties(ins)
-
-    def get_parameters(
-        self, ins: GetParametersIns, timeout: float | None, group_id: int | None
-    ) -> GetParametersRes:
-        return self.make_client(self.node).get_parameters(ins)
-
-    def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
-        self.requests.append(ins)
-        return self.make_client(self.node).fit(ins)
-
-    def evaluate(
-        self, ins: EvaluateIns, timeout: float | None, group_id: int | None
-    ) -> EvaluateRes:
-        self.requests.append(ins)
-        return self.make_client(self.node).evaluate(ins)
-
-    def reconnect(self, ins, timeout, group_id):  # type: ignore[no-untyped-def]
-        raise NotImplementedError
 
 
 class Federation:

@@ -22,7 +22,7 @@ from ferret_flwr.follower import Follower
 from ferret_flwr.projection.layout import Layout
 from ferret_flwr.replica import Replica
 from ferret_flwr.training.tensors import load_masters, masters_of, trainable_parameters
-from tests.flower.conftest import InProcess
+from tests.flower.in_process import InProcess
 
 FEATURES, CLASSES, EXAMPLES = 32, 8, 64
 COEFFICIENTS = 128  # of 264 parameters

@@ -15,7 +15,7 @@ from ferret_flwr.flower import Ferret, FerretClient
 from ferret_flwr.projection.layout import Layout
 from ferret_flwr.replica import Replica
 from ferret_flwr.training.tensors import masters_of
-from tests.flower.conftest import InProcess
+from tests.flower.in_process import InProcess
 
 WEIGHTS = np.random.default_rng(0).standard_normal((3, 20)).astype(np.float32)
 TRUTH = np.random.default_rng(1).standard_normal((3, 20)).astype(np.float32)

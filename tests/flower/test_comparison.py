@@ -16,7 +16,7 @@ from ferret_flwr.methods.registry import METHODS
 from ferret_flwr.training import worker as workers
 from ferret_flwr.training.worker import Node, Worker
 from tests.flower.conftest import Federation as FerretFederation
-from tests.flower.conftest import InProcess
+from tests.flower.in_process import InProcess
 
 SETTINGS = {
     "num-server-rounds": 1,

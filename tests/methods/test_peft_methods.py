@@ -16,7 +16,7 @@ from ferret_flwr.methods.registry import METHODS
 from ferret_flwr.training.models import load_model
 from ferret_flwr.training.stream import example_stream
 from ferret_flwr.training.worker import Node, Worker
-from tests.flower.conftest import InProcess
+from tests.flower.in_process import InProcess
 
 NAMES = ["fedit", "fedit-sgd", "fedprompt", "fedptuning"]
 RANK, ALPHA, RATE, STEPS, BATCH, EPS = 4, 6.0, 0.02, 3, 4, 1e-3

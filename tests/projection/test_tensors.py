@@ -178,11 +178,67 @@ def test_tensors_of_another_layout(device):
         projection.project(good, LAYOUT, plan, [good[0].half(), *good[1:]])
 
 
-def test_arrays_and_tensors_do_not_mix(device):
-    arrays = cut(numbers(LAYOUT.size), LAYOUT)
-    mixed = [arrays[0], *tensors(arrays[1:], device)]
+@pytest.fixture(params=[0, 2], ids=["all projected", "exact"])
+def layout(request):
+    return Layout(LAYOUT.names, LAYOUT.shapes, request.param)
+
+
+def spread(arrays, device):
+    """Return every other one as a tensor, so that neighbours lie in different places."""
+    return [tensor(a, device) if i % 2 == 0 else a.copy() for i, a in enumerate(arrays)]
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_tensor_may_lie_elsewhere(device, kind, dtype, layout):
+    size = layout.size - layout.exact_size
+    blocks = InterleavedBlocks(size, 50) if kind == "interleaved" else Blocks(size, 128)
+    counts = None if kind == "interleaved" else np.arange(1, blocks.count + 1)
+    plan = RoundPlan(1, 3, "rademacher", blocks, counts, layout.exact_size)
+    before, after = (cut(lower(numbers(LAYOUT.size, s), dtype), LAYOUT) for s in (0, 2))
+    expected = projection.project(before, layout, plan, after)
+    apart = spread(before, device), spread(after, device)
+    found = projection.project(apart[0], layout, plan, apart[1])
+    atol = 1e-6 * np.abs(lift(join(before))).sum()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+    assert not np.allclose(found, 1.01 * expected, rtol=0, atol=atol)
+    cosines = [
+        projection.fidelity(b, a, layout, plan, expected) for b, a in ((before, after), apart)
+    ]
+    assert cosines[0] == pytest.approx(cosines[1], rel=1e-5)
+
+    rounds = [(plan, coefficients(plan, r) / 50) for r in range(2)]
+    model = spread(before, device)
+    projection.replay(model, layout, rounds, model)
+    projection.replay(before, layout, rounds, before)
+    assert taken(model).tobytes() == taken(before).tobytes()
+
+
+def test_a_replica_over_several_places(device, layout):
+    plan = RoundPlan(
+        1, 3, "rademacher", InterleavedBlocks(layout.size - layout.exact_size, 90),
+        exact=layout.exact_size,
+    )  # fmt: skip
+    c, arrays = coefficients(plan), cut(numbers(LAYOUT.size), LAYOUT)
+    held = spread(arrays, device)
+    for changed in (arrays, held):
+        projection.subtract(changed, layout, plan, c, skip=[1])
+    assert taken(held).tobytes() == taken(arrays).tobytes()
+    assert projection.fingerprint(held, layout) == projection.fingerprint(arrays, layout)
+
+
+def test_a_tensor_stays_where_it_is(device):
+    before = spread(cut(numbers(LAYOUT.size), LAYOUT), device)
+    after = [*before[:1], tensor(before[1], device), *before[2:]]
     with pytest.raises(LayoutError, match=f"'norm' must be a NumPy array .* tensor on {device}"):
-        projection.project(mixed, LAYOUT, make_plan("interleaved"))
+        projection.project(before, LAYOUT, make_plan("interleaved"), after)
+
+
+def test_a_tensor_that_was_offloaded_is_named():
+    arrays = cut(numbers(LAYOUT.size), LAYOUT)
+    arrays[2] = torch.empty(0, 4, device="meta")
+    with pytest.raises(LayoutError, match="'empty' is not in memory: it was offloaded"):
+        projection.fingerprint(arrays, LAYOUT)
 
 
 SCRIPT = """

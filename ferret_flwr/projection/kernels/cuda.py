@@ -301,6 +301,8 @@ def _project_interleaved(
 
 def fingerprint(arrays: Tensors, segments: Segments) -> int:
     """Return `reference.fingerprint` of contiguous float32 tensors."""
+    if not segments.start.size:
+        return 0
     device = arrays[0].device
     held = _held(arrays)
     rows, addresses = _rows(segments, device), _addresses(held, device)

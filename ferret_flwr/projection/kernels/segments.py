@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -42,21 +41,25 @@ class Segments:
         return cls(start, stop - start, tensor, start // block_size, start - offsets[tensor])
 
     @classmethod
-    def of_piece(cls, start: int, size: int, block_size: int, largest: int = LARGEST) -> Segments:
+    def of_piece(
+        cls, start: int, size: int, block_size: int, largest: int = LARGEST, tensor: int = 0
+    ) -> Segments:
         """Cut the elements ``start..start+size-1``, which an array of their own holds."""
         stop = start + size
         inner = [np.arange(-(-start // n) * n, stop, n) for n in (block_size, largest)]
         cuts = np.unique(np.concatenate([[start], *inner, [stop]])).astype(np.int64)
         first = cuts[:-1]
-        zero = np.zeros_like(first)
-        return cls(first, np.diff(cuts), zero, first // block_size, first - start)
+        which = np.full_like(first, tensor)
+        return cls(first, np.diff(cuts), which, first // block_size, first - start)
 
-    def without(self, tensors: Collection[int]) -> Segments:
-        """Return the segments that do not lie in ``tensors``."""
-        if not tensors:
-            return self
-        keep = ~np.isin(self.tensor, list(tensors))
-        return Segments(*(getattr(self, field.name)[keep] for field in fields(self)))
+    @classmethod
+    def of_pieces(cls, bounds: np.ndarray, block_size: int) -> Segments:
+        """Cut the elements from ``bounds[i, 0]`` to before ``bounds[i, 1]`` of each array i."""
+        cut = [
+            cls.of_piece(start, stop - start, block_size, tensor=tensor)
+            for tensor, (start, stop) in enumerate(bounds.tolist())
+        ]
+        return cls(*(np.concatenate([getattr(s, f.name) for s in cut]) for f in fields(cls)))
 
     def divide(self, cost: np.ndarray, parts: int) -> np.ndarray:
         """Return bounds of ``parts`` runs of segments of about equal ``cost``: ``(parts + 1,)``."""

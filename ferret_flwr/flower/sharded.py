@@ -1,0 +1,132 @@
+"""`ShardedClient`: a node whose model is sharded over several processes of one machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from flwr.app import Context
+from flwr.client import NumPyClient
+from flwr.common import NDArrays, Scalar
+
+from ferret_flwr.flower.client import FerretClient
+from ferret_flwr.flower.late import failure
+from ferret_flwr.flower.site import Site
+
+Metrics = dict[str, Scalar]
+Make = Callable[[Context], FerretClient]
+
+SECONDS = 0.1  # between looks at the processes
+
+
+class ShardedClient(NumPyClient):
+    """A Flower client that hands each message to processes of its own, which answer together.
+
+    They are started for the message and end with it, as the process of a ClientApp does. All do
+    the same with their part of the model; if one fails, the others are ended, and the answer is
+    its error.
+
+    Parameters
+    ----------
+    make
+        Returns the client, by `FerretClient.of`. Called in each process, where torch's process
+        group is ready, so it must be a function of a module.
+    context
+        What Flower hands to ``client_fn``; ``make`` gets it.
+    processes
+        How many; with GPUs, the n-th uses the n-th.
+    """
+
+    def __init__(self, make: Make, context: Context, processes: int) -> None:
+        """Start nothing yet."""
+        self.make = make
+        self.context = context
+        self.processes = processes
+        self.partition_id = Site.partition_of(context)
+
+    def get_properties(self, config: Metrics) -> Metrics:
+        """Say which partition this is, or which base model the node has."""
+        if config.get("ask") == "partition-id":
+            return {"partition-id": self.partition_id}
+        return self._answer("get_properties", config)
+
+    def fit(self, parameters: NDArrays, config: Metrics) -> tuple[NDArrays, int, Metrics]:
+        """Train one round, see `FerretClient.fit`."""
+        answer = self._answer("fit", parameters, config)
+        return ([], 0, answer) if isinstance(answer, dict) else answer
+
+    def evaluate(self, parameters: NDArrays, config: Metrics) -> tuple[float, int, Metrics]:
+        """Evaluate the current model, see `FerretClient.evaluate`."""
+        answer = self._answer("evaluate", parameters, config)
+        return (0.0, 0, answer) if isinstance(answer, dict) else answer
+
+    def _answer(self, method: str, *arguments: Any) -> Any:
+        """Return the answer of the first process, or the first error of any."""
+        answers: list[tuple[float, Any]] = []
+        queue = mp.get_context("spawn").SimpleQueue()
+        with tempfile.TemporaryDirectory() as folder:
+            job = self, folder, queue, method, arguments
+            running = mp.spawn(_run, job, self.processes, join=False)
+            try:
+                while not running.join(timeout=SECONDS):
+                    _receive(queue, answers)
+                _receive(queue, answers)
+            except mp.ProcessExitedException as error:
+                _receive(queue, answers)
+                if not answers:
+                    return failure(error, self.partition_id)
+        return min(answers, key=lambda answer: answer[0])[1]
+
+
+def _receive(queue: SimpleQueue, answers: list[tuple[float, Any]]) -> None:
+    while not queue.empty():
+        answers.append(queue.get())
+
+
+def _run(
+    rank: int,
+    client: ShardedClient,
+    folder: str,
+    queue: SimpleQueue,
+    method: str,
+    arguments: tuple[Any, ...],
+) -> None:
+    """Answer a message together with the other processes."""
+    try:
+        _join(rank, client.processes, Path(folder))
+        answer = getattr(client.make(client.context), method)(*arguments)
+    except Exception as error:
+        answer = failure(error, client.partition_id)
+    failed = "error" in (answer if isinstance(answer, dict) else answer[-1])
+    if failed or rank == 0:
+        queue.put((time.monotonic(), answer))  # of the machine: which error came first
+    if failed:
+        sys.exit(1)
+    dist.destroy_process_group()
+
+
+def _join(rank: int, processes: int, folder: Path) -> None:
+    """Do for a process what torchrun does, on this machine alone."""
+    for key in ("RANK", "LOCAL_RANK"):
+        os.environ[key] = str(rank)
+    for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ[key] = str(processes)
+    if sys.platform == "linux":  # nobody else can reach it
+        for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(key, "lo")
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    numba.set_num_threads(max(1, numba.get_num_threads() // processes))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    rendezvous = (folder / "rendezvous").as_uri()
+    dist.init_process_group(init_method=rendezvous, rank=rank, world_size=processes)
