@@ -314,8 +314,9 @@ def replay(
     """Write float32(base) − Δ̂_1 − Δ̂_2 − ..., rounded to the dtype of ``into``, to ``into``.
 
     These are the parameters w_r of a model that keeps no float32 masters: the same bits as from
-    masters that took one `subtract` after the other. On a GPU each parameter is read once and
-    written once, however many rounds there are; elsewhere one tensor at a time is in float32.
+    masters that took one `subtract` after the other. Each parameter is read once and written once,
+    however many rounds there are; if they are not alike, or tensors are exact, one tensor at a time
+    is in float32.
 
     Parameters
     ----------
@@ -340,10 +341,10 @@ def replay(
         _check_plan(layout, plan)
     published = [(plan, _published(c, plan)) for plan, c in rounds]
     alike = len({(plan.family, plan.blocks) for plan, _ in rounds}) == 1
-    if alike and not layout.exact and not is_numpy(base[0]):
-        changed = dense(into)
-        segments = _segments_for(layout, rounds[0][0])
-        cuda_kernels().replay(dense(base), published, segments, changed)
+    if alike and not layout.exact:
+        plan, changed = rounds[0][0], dense(into)
+        kernel = _kernel(plan, base[0])
+        kernel.replay(dense(base), published, _segments_for(layout, plan), changed)
         for array, copy in zip(into, changed, strict=True):
             put_back(array, copy)
         return

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 
-from ferret_flwr.projection.families import GROUP
+from ferret_flwr.projection.families import FAMILIES, GROUP, truncated_normal_scale
 from ferret_flwr.projection.kernels.reference import MIX_BITS, MIX_INDEX
 from ferret_flwr.projection.kernels.segments import Segments
 from ferret_flwr.projection.kernels.signs import signed_add, signed_dot, signed_store
@@ -24,12 +24,15 @@ from ferret_flwr.projection.kernels.tiles import (
     at,
     difference,
     family_code,
+    itemsize,
     jit,
     jit_parallel,
+    keys_of,
     kinds_of,
+    masters,
     normal_elements,
     sign_words,
-    subtract_tile,
+    store,
     tile_of,
 )
 from ferret_flwr.projection.plan import RoundPlan
@@ -84,40 +87,51 @@ def _add_up(sums, position, block, counts, offsets, coefficients):  # type: igno
 
 
 @jit_parallel
-def _subtract(address, start, length, block, counts, offsets, coefficients, bounds, code):  # type: ignore
-    family, key_0, key_1, scale = code
+def _replay(  # type: ignore[no-untyped-def]
+    ends, dtypes, start, length, block, counts, offsets, coefficients, bounds, family, scale, keys
+):
+    source, target = ends
+    source_dtype, target_dtype = dtypes
     for thread in numba.prange(len(bounds) - 1):
         words, flat = np.empty((4, TILE), np.uint32), np.empty(4 * TILE, np.uint32)
-        v, update = np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32)
-        bits, sum_of_bases = np.int64(flat.ctypes.data), np.int64(update.ctypes.data)
+        x, update = np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32)
+        v, bits = np.empty(ELEMENTS, np.float32), np.int64(flat.ctypes.data)
+        sum_of_bases = np.int64(update.ctypes.data)
         for s in range(bounds[thread], bounds[thread + 1]):
-            stop = start[s] + length[s]
+            stop, b = start[s] + length[s], block[s]
             group = start[s] // GROUP
             while group * GROUP < stop:
                 groups, first, count = tile_of(start[s], stop, group)
-                tile = address[s] + (group * GROUP + first - start[s]) * 4
-                bases = counts[block[s]]
-                in_place = family == SIGNS and bases == 1 and count == groups * GROUP
-                for k in range(bases):
-                    c = coefficients[offsets[block[s]] + k]
-                    if family == SIGNS:
-                        sign_words(flat, words, group, groups, k, key_0, key_1)
-                        if in_place:
-                            signed_add(tile, bits, np.int64(4 * groups), -c)
-                        elif k == 0:
-                            signed_store(sum_of_bases, bits, np.int64(4 * groups), c)
+                offset, lanes = group * GROUP + first - start[s], np.int64(4 * groups)
+                old = source[s] + offset * itemsize(source_dtype[s])
+                new = target[s] + offset * itemsize(target_dtype[s])
+                tile = masters(x, old, source_dtype[s], new, target_dtype[s], groups, first, count)
+                w = numba.carray(at(tile, numba.float32), (groups * GROUP,))
+                for r in range(len(keys)):
+                    key_0, key_1 = keys[r]
+                    for k in range(counts[r, b]):
+                        c = coefficients[offsets[r, b] + k]
+                        if family == SIGNS:
+                            sign_words(flat, words, group, groups, k, key_0, key_1)
+                            if counts[r, b] == 1:
+                                signed_add(tile, bits, lanes, -c)
+                            elif k == 0:
+                                signed_store(sum_of_bases, bits, lanes, c)
+                            else:
+                                signed_add(sum_of_bases, bits, lanes, c)
                         else:
-                            signed_add(sum_of_bases, bits, np.int64(4 * groups), c)
-                    else:
-                        normal_elements(v, group, groups, k, key_0, key_1, scale)
-                        if k == 0:
-                            for i in range(groups * GROUP):
-                                update[i] = c * v[i]
-                        else:
-                            for i in range(groups * GROUP):
-                                update[i] += c * v[i]
-                if not in_place:
-                    subtract_tile(tile, update, first, count)
+                            normal_elements(v, group, groups, k, key_0, key_1, scale)
+                            if k == 0:
+                                for i in range(groups * GROUP):
+                                    update[i] = c * v[i]
+                            else:
+                                for i in range(groups * GROUP):
+                                    update[i] += c * v[i]
+                    if family != SIGNS or counts[r, b] > 1:
+                        for i in range(groups * GROUP):
+                            w[i] -= update[i]
+                if tile != new:
+                    store(new, target_dtype[s], x[first:], count)
                 group += TILE
 
 
@@ -192,16 +206,45 @@ def subtract(
     segments, plan
         As in `project`.
     """
-    _subtract(
-        addresses_of(arrays, segments),
+    replay(arrays, [(plan, coefficients)], segments, arrays)
+
+
+def replay(
+    source: Sequence[np.ndarray],
+    rounds: Sequence[tuple[RoundPlan, np.ndarray]],
+    segments: Segments,
+    target: Sequence[np.ndarray],
+) -> None:
+    """Write float32(``source``) − Δ̂_1 − Δ̂_2 − ... to ``target``, rounded once, at the end.
+
+    Each element is read and written once, however many rounds there are.
+
+    Parameters
+    ----------
+    source, target
+        C-contiguous tensors, each of a dtype that `project` takes; they may be the same.
+    rounds
+        At least one plan, all alike but for seed and numbers of bases, with its c: float32.
+    segments
+        As in `project`.
+    """
+    plans = [plan for plan, _ in rounds]
+    begins = np.cumsum([0] + [plan.num_bases for plan in plans])
+    counts = np.stack([plan.counts for plan in plans])
+    cost = segments.length * (counts.sum(axis=0)[segments.block] + COST_OF_MEMORY)
+    _replay(
+        (addresses_of(source, segments), addresses_of(target, segments)),
+        (kinds_of(source, segments), kinds_of(target, segments)),
         segments.start,
         segments.length,
         segments.block,
-        plan.counts,
-        plan.offsets,
-        coefficients,
-        _bounds(segments, plan),
-        family_code(plan),
+        counts,
+        np.stack([begin + p.offsets for begin, p in zip(begins, plans, strict=False)]),
+        np.concatenate([c for _, c in rounds]),
+        segments.divide(cost, numba.get_num_threads()),
+        FAMILIES[plans[0].family].code,
+        truncated_normal_scale(plans[0].blocks.block_size),
+        keys_of(plans),
     )
 
 

@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 
 from ferret_flwr.projection.families import FAMILIES, GROUP, truncated_normal_scale
 from ferret_flwr.projection.kernels.philox import (
+    LOW_32,
     MULTIPLIER_0,
     MULTIPLIER_1,
     WEYL_0,
@@ -32,6 +33,7 @@ FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 HALF_TO_FLOAT = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
+jit_inline = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 jit_parallel = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=True)
 
 
@@ -46,42 +48,48 @@ def at(typingctx, address, dtype):  # type: ignore[no-untyped-def]
     return pointer(types.int64, dtype), codegen
 
 
-@jit
+@jit_inline
 def _round(c0, c1, c2, c3, key_0, key_1):  # type: ignore[no-untyped-def]
-    product_0 = np.uint64(c0) * np.uint64(MULTIPLIER_0)
-    product_1 = np.uint64(c2) * np.uint64(MULTIPLIER_1)
+    product_0 = (c0 & np.uint64(LOW_32)) * np.uint64(MULTIPLIER_0)
+    product_1 = (c2 & np.uint64(LOW_32)) * np.uint64(MULTIPLIER_1)
     return (
-        np.uint32(np.uint32(product_1 >> np.uint64(32)) ^ c1 ^ key_0),
-        np.uint32(product_1),
-        np.uint32(np.uint32(product_0 >> np.uint64(32)) ^ c3 ^ key_1),
-        np.uint32(product_0),
+        (product_1 >> np.uint64(32)) ^ c1 ^ key_0,
+        product_1,
+        (product_0 >> np.uint64(32)) ^ c3 ^ key_1,
+        product_0,
     )
 
 
-@jit
+@jit_inline
 def philox(c0, c1, c2, c3, key_0, key_1):  # type: ignore[no-untyped-def]
-    """Philox4x32-10, unrolled so that a loop over counters becomes vector instructions."""
+    """Philox4x32-10, so that a loop over counters becomes vector instructions.
+
+    Unrolled, and with each word in the lower half of 64 bits, whatever is above: that is what the
+    instruction multiplies, so nothing is ever moved between lanes.
+    """
     w0, w1 = np.uint32(WEYL_0), np.uint32(WEYL_1)
     k0, k1 = np.uint32(key_0), np.uint32(key_1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3 = np.uint64(c0), np.uint64(c1), np.uint64(c2), np.uint64(c3)
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, np.uint64(k0), np.uint64(k1))
     k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, np.uint64(k0), np.uint64(k1))
     k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, np.uint64(k0), np.uint64(k1))
     k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, np.uint64(k0), np.uint64(k1))
     k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, np.uint64(k0), np.uint64(k1))
     k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, np.uint64(k0), np.uint64(k1))
     k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, np.uint64(k0), np.uint64(k1))
     k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, np.uint64(k0), np.uint64(k1))
     k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, np.uint64(k0), np.uint64(k1))
     k0, k1 = np.uint32(k0 + w0), np.uint32(k1 + w1)
-    return _round(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, np.uint64(k0), np.uint64(k1))
+    return np.uint32(c0), np.uint32(c1), np.uint32(c2), np.uint32(c3)
 
 
 @jit
@@ -123,6 +131,12 @@ def normal_elements(v, group, groups, basis, key_0, key_1, scale):  # type: igno
                 )
 
 
+@jit_inline
+def itemsize(dtype):  # type: ignore[no-untyped-def]
+    """Return the bytes of an element."""
+    return 4 if dtype == FLOAT32 else 2
+
+
 @jit
 def load(out, address, dtype, count):  # type: ignore[no-untyped-def]
     """Copy ``count`` elements at ``address`` to ``out`` as float32."""
@@ -139,6 +153,49 @@ def load(out, address, dtype, count):  # type: ignore[no-untyped-def]
         else:
             for i in range(count):
                 out[i] = HALF_TO_FLOAT[bits[i]]
+
+
+@jit
+def _bfloat16(bits):  # type: ignore[no-untyped-def]
+    """Return the bits of a float32 rounded to nearest, ties to even."""
+    odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+    above = np.uint32(bits + np.uint32(0x7FFF) + odd)
+    is_nan = np.uint32(bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.uint16(0x7FC0) if is_nan else np.uint16(above >> np.uint32(16))
+
+
+@jit
+def _float16(bits):  # type: ignore[no-untyped-def]
+    """Return the bits of a float32 rounded to nearest, ties to even."""
+    sign, size = (bits >> np.uint32(16)) & np.uint32(0x8000), bits & np.uint32(0x7FFFFFFF)
+    if size > np.uint32(0x7F800000):
+        half = np.uint32(0x7E00)  # not a number
+    elif size >= np.uint32(0x47800000):
+        half = np.uint32(0x7C00)  # 2¹⁶ and more
+    elif size < np.uint32(0x38800000):  # below 2⁻¹⁴, where halves are multiples of 2⁻²⁴ as at 0.5
+        aligned = np.uint32(size).view(np.float32) + np.float32(0.5)
+        half = np.float32(aligned).view(np.uint32) - np.uint32(0x3F000000)
+    else:
+        odd = (size >> np.uint32(13)) & np.uint32(1)
+        half = (size - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+    return np.uint16(sign | half)
+
+
+@jit
+def store(address, dtype, values, count):  # type: ignore[no-untyped-def]
+    """Copy ``count`` float32 to ``address``, rounded to ``dtype``."""
+    if dtype == FLOAT32:
+        exact = numba.carray(at(address, numba.float32), (count,))
+        for i in range(count):
+            exact[i] = values[i]
+    else:
+        out, bits = numba.carray(at(address, numba.uint16), (count,)), values.view(np.uint32)
+        if dtype == BFLOAT16:
+            for i in range(count):
+                out[i] = _bfloat16(bits[i])
+        else:
+            for i in range(count):
+                out[i] = _float16(bits[i])
 
 
 @jit
@@ -160,23 +217,28 @@ def difference(x, y, before, after, dtype, offset, groups, first, count):  # typ
     """
     if dtype == FLOAT32 and after == 0 and count == groups * GROUP:
         return before + offset * 4
-    offset *= 4 if dtype == FLOAT32 else 2
+    offset *= itemsize(dtype)
     x[:first] = 0
     x[first + count : groups * GROUP] = 0
-    load(x[first:], before + offset, dtype, count)
+    delta = x[first:]
+    load(delta, before + offset, dtype, count)
     if after != 0:
-        load(y[first:], after + offset, dtype, count)
-        for i in range(first, first + count):
-            x[i] -= y[i]
+        load(y, after + offset, dtype, count)
+        for i in range(count):
+            delta[i] -= y[i]
     return np.int64(x.ctypes.data)
 
 
 @jit
-def subtract_tile(address, update, first, count):  # type: ignore[no-untyped-def]
-    """Subtract ``update[first..first+count]`` from the floats at ``address``."""
-    w = numba.carray(at(address, numba.float32), (count,))
-    for i in range(count):
-        w[i] -= update[first + i]
+def masters(x, source, source_dtype, target, target_dtype, groups, first, count):  # type: ignore[no-untyped-def]
+    """Return the address of ``groups`` of float32, of which ``count`` from ``first`` on are ``source``.
+
+    It is ``target`` if they are there, else that of ``x``, to be taken to ``target`` by `store`.
+    """
+    if source == target and source_dtype == target_dtype == FLOAT32 and count == groups * GROUP:
+        return target
+    load(x[first:], source, source_dtype, count)
+    return np.int64(x.ctypes.data)
 
 
 def addresses_of(arrays: Sequence[np.ndarray], segments: Segments) -> np.ndarray:
@@ -197,3 +259,8 @@ def family_code(plan: RoundPlan) -> tuple[int, np.uint32, np.uint32, float]:
     low, high = split_key(plan.seed)
     scale = truncated_normal_scale(plan.blocks.block_size)
     return FAMILIES[plan.family].code, np.uint32(low), np.uint32(high), scale
+
+
+def keys_of(plans: Sequence[RoundPlan]) -> np.ndarray:
+    """Return the key of each plan: uint32, ``(R, 2)``."""
+    return np.array([split_key(plan.seed) for plan in plans], dtype=np.uint32)
