@@ -18,6 +18,7 @@ from ferret_flwr.projection.kernels.reference import ROTATION
 from ferret_flwr.projection.kernels.segments import Segments
 from ferret_flwr.projection.kernels.signs import signed_subtract, signed_sums
 from ferret_flwr.projection.kernels.tiles import (
+    BFLOAT16,
     ELEMENTS,
     FLOAT16,
     FLOAT32,
@@ -129,6 +130,7 @@ def _replay(  # type: ignore[no-untyped-def]
 ):
     source, target = ends
     source_dtype, target_dtype = dtypes
+    once = family == SIGNS and len(keys) == 1
     for thread in numba.prange(len(bounds) - 1):
         words, flat = np.empty((4, TILE), np.uint32), np.empty(4 * TILE + 2, np.uint32)
         x, v = np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32)
@@ -141,7 +143,12 @@ def _replay(  # type: ignore[no-untyped-def]
                 offset = group * GROUP + first - start[s]
                 old = source[s] + offset * itemsize(source_dtype[s])
                 new = target[s] + offset * itemsize(target_dtype[s])
-                tile = masters(x, old, source_dtype[s], new, target_dtype[s], groups, first, count)
+                direct = once and source_dtype[s] == target_dtype[s] == BFLOAT16
+                tile = new
+                if not direct:
+                    tile = masters(
+                        x, old, source_dtype[s], new, target_dtype[s], groups, first, count
+                    )
                 w = numba.carray(at(tile, numba.float32), (groups * GROUP,))
                 for r in range(len(keys)):
                     key_0, key_1 = keys[r]
@@ -157,11 +164,18 @@ def _replay(  # type: ignore[no-untyped-def]
                         c = coefficients[r, block:]
                         if family == SIGNS:
                             values = np.int64(c.ctypes.data)
-                            signed_subtract(tile + 4 * within, values, bits, within, run)
+                            if direct:
+                                away = 2 * (within - first)
+                                read = at(old + away, numba.uint16)
+                                written = at(new + away, numba.uint16)
+                                signed_subtract(written, read, values, bits, within, run)
+                            else:
+                                part = at(tile + 4 * within, numba.float32)
+                                signed_subtract(part, part, values, bits, within, run)
                         else:
-                            part, elements = w[within:], v[within:]
+                            masters_of_run, elements = w[within:], v[within:]
                             for i in range(run):
-                                part[i] -= c[i] * elements[i]
+                                masters_of_run[i] -= c[i] * elements[i]
                         within += run
                 if tile != new:
                     store(new, target_dtype[s], x[first:], count)

@@ -1,7 +1,7 @@
 """Vector instructions for ±1: 32 sign bits act on 32 floats as one select, on any processor.
 
-numba has no vector type, and its compiler does not recognise the unpacking of bits, so these few
-loops are written in LLVM's own language, where a 32-bit word is a vector of 32 conditions.
+numba's compiler does not recognise the unpacking of bits, so here a 32-bit word is a vector of 32
+conditions, see `kernels.vectors`.
 """
 
 from __future__ import annotations
@@ -11,31 +11,34 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 32
-_FLOAT, _WORD, _LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_FLOATS, _DOUBLES = ir.VectorType(_FLOAT, LANES), ir.VectorType(ir.DoubleType(), LANES)
-_HALVES, _WORDS = ir.VectorType(ir.IntType(16), LANES), ir.VectorType(_WORD, LANES)
-_MASK = ir.VectorType(ir.IntType(1), LANES)
-_ALL = ir.Constant(_MASK, [1] * LANES)
-_SUFFIXES = {_FLOATS: "f32", _DOUBLES: "f64", _HALVES: "i16"}
-
-
-def _vector_at(builder, address, index, kind=_FLOATS):  # type: ignore[no-untyped-def]
-    """Return a pointer to elements ``32 index ..`` behind the integer ``address``."""
-    base = builder.inttoptr(address, kind.as_pointer())
-    return builder.gep(base, [index])
+from ferret_flwr.projection.kernels.vectors import (
+    DOUBLES,
+    FLOAT,
+    FLOATS,
+    LANES,
+    LONG,
+    MASK,
+    WORD,
+    difference_of,
+    every,
+    for_lanes,
+    load,
+    load_floats,
+    store,
+    store_floats,
+    vector_at,
+)
 
 
 def _mask_at(builder, address, index):  # type: ignore[no-untyped-def]
     """Return word ``index`` behind the integer ``address`` as 32 conditions, lowest bit first."""
-    base = builder.inttoptr(address, _WORD.as_pointer())
-    return builder.bitcast(builder.load(builder.gep(base, [index]), align=4), _MASK)
+    base = builder.inttoptr(address, WORD.as_pointer())
+    return builder.bitcast(builder.load(builder.gep(base, [index]), align=4), MASK)
 
 
 def _broadcast(builder, value):  # type: ignore[no-untyped-def]
-    one = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, ir.Constant(_WORD, 0))
-    lanes = ir.Constant(_WORDS, [0] * LANES)
-    return builder.shuffle_vector(one, ir.Constant(_FLOATS, ir.Undefined), lanes)
+    one = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), value, ir.Constant(WORD, 0))
+    return builder.shuffle_vector(one, ir.Constant(FLOATS, ir.Undefined), every(0))
 
 
 @intrinsic
@@ -44,18 +47,18 @@ def signed_dot(typingctx, x, words, count):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         x, words, count = arguments
-        total = cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, [0.0] * LANES))
+        total = cgutils.alloca_once_value(builder, ir.Constant(FLOATS, [0.0] * LANES))
         with cgutils.for_range(builder, count) as loop:
-            value = builder.load(_vector_at(builder, x, loop.index), align=4)
+            value = builder.load(vector_at(builder, x, loop.index), align=4)
             mask = _mask_at(builder, words, loop.index)
             signed = builder.select(mask, builder.fneg(value), value)
             builder.store(builder.fadd(builder.load(total), signed), total)
-        kind = ir.FunctionType(_FLOAT, [_FLOAT, _FLOATS])
+        kind = ir.FunctionType(FLOAT, [FLOAT, FLOATS])
         add_up = cgutils.get_or_insert_function(
             builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32"
         )
         return builder.call(
-            add_up, [ir.Constant(_FLOAT, -0.0), builder.load(total)], fastmath=["reassoc"]
+            add_up, [ir.Constant(FLOAT, -0.0), builder.load(total)], fastmath=["reassoc"]
         )
 
     return types.float32(types.int64, types.int64, types.int64), codegen
@@ -69,7 +72,7 @@ def _of_constant(combine=None):  # type: ignore[no-untyped-def]
         constant = _broadcast(builder, c)
         negative = builder.fneg(constant)
         with cgutils.for_range(builder, count) as loop:
-            target = _vector_at(builder, out, loop.index)
+            target = vector_at(builder, out, loop.index)
             value = builder.select(_mask_at(builder, words, loop.index), negative, constant)
             if combine is not None:
                 value = getattr(builder, combine)(builder.load(target, align=4), value)
@@ -91,103 +94,65 @@ def signed_add(typingctx, out, words, count, c):  # type: ignore[no-untyped-def]
     return _of_constant("fadd")
 
 
-def _load(builder, address, index, kind, mask):  # type: ignore[no-untyped-def]
-    """Return the vector at ``32 index`` behind ``address``; lanes not in ``mask`` are not read."""
-    arguments = [kind.as_pointer(), _WORD, _MASK, kind]
-    name = f"llvm.masked.load.v{LANES}{_SUFFIXES[kind]}.p0"
-    load = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, arguments), name)
-    size = ir.Constant(_WORD, 2 if kind is _HALVES else 8 if kind is _DOUBLES else 4)
-    other = ir.Constant(kind, None)
-    return builder.call(load, [_vector_at(builder, address, index, kind), size, mask, other])
+def _signed_run(builder, words, first, count, body):  # type: ignore[no-untyped-def]
+    """Emit ``body`` as `for_lanes` does, with what takes signs from behind ``words``.
 
-
-def _store(builder, value, address, index, kind, mask):  # type: ignore[no-untyped-def]
-    """Write the lanes of ``value`` that are in ``mask``."""
-    arguments = [kind, kind.as_pointer(), _WORD, _MASK]
-    name = f"llvm.masked.store.v{LANES}{_SUFFIXES[kind]}.p0"
-    function = ir.FunctionType(ir.VoidType(), arguments)
-    store = cgutils.get_or_insert_function(builder.module, function, name)
-    size = ir.Constant(_WORD, 8 if kind is _DOUBLES else 4)
-    builder.call(store, [value, _vector_at(builder, address, index, kind), size, mask])
-
-
-def _floats(builder, address, index, pointer, mask):  # type: ignore[no-untyped-def]
-    """Return 32 elements as floats: float32, or uint16 that holds bfloat16."""
-    if pointer.dtype == types.float32:
-        return _load(builder, address, index, _FLOATS, mask)
-    halves = builder.zext(_load(builder, address, index, _HALVES, mask), _WORDS)
-    return builder.bitcast(builder.shl(halves, ir.Constant(_WORDS, [16] * LANES)), _FLOATS)
-
-
-def _run(builder, words, first, count, body):  # type: ignore[no-untyped-def]
-    """Emit ``body`` for each 32 of ``count`` elements, and for those left over, under a mask.
-
-    ``body`` gets an index, the elements that there are, and what changes the sign of a vector as
-    the bits from ``first`` on behind ``words`` say.
+    They are the bits from ``first`` on; up to 7 bytes behind the last one are read.
     """
-    first_byte = builder.add(words, builder.lshr(first, ir.Constant(_LONG, 3)))
-    shift = builder.and_(first, ir.Constant(_LONG, 7))
+    first_byte = builder.add(words, builder.lshr(first, LONG(3)))
+    shift = builder.and_(first, LONG(7))
 
-    def signed(value, index):  # type: ignore[no-untyped-def]
-        word = builder.gep(builder.inttoptr(first_byte, _WORD.as_pointer()), [index])
-        bits = builder.load(builder.bitcast(word, _LONG.as_pointer()), align=1)
-        mask = builder.bitcast(builder.trunc(builder.lshr(bits, shift), _WORD), _MASK)
-        return builder.select(mask, builder.fneg(value), value)
+    def with_signs(index, mask):  # type: ignore[no-untyped-def]
+        def signed(value):  # type: ignore[no-untyped-def]
+            word = builder.gep(builder.inttoptr(first_byte, WORD.as_pointer()), [index])
+            bits = builder.load(builder.bitcast(word, LONG.as_pointer()), align=1)
+            negative = builder.bitcast(builder.trunc(builder.lshr(bits, shift), WORD), MASK)
+            return builder.select(negative, builder.fneg(value), value)
 
-    whole = builder.lshr(count, ir.Constant(_LONG, 5))
-    with cgutils.for_range(builder, whole) as loop:
-        body(loop.index, _ALL, signed)
-    rest = builder.trunc(builder.and_(count, ir.Constant(_LONG, 31)), _WORD)
-    one = ir.Constant(_WORD, 1)
-    body(whole, builder.bitcast(builder.sub(builder.shl(one, rest), one), _MASK), signed)
+        body(index, mask, signed)
+
+    for_lanes(builder, count, with_signs)
 
 
 @intrinsic
 def signed_sums(typingctx, sums, before, after, words, first, count):  # type: ignore[no-untyped-def]
     """Add ±(before − after) in float64 to ``count`` doubles at address ``sums``.
 
-    ``before`` and ``after`` are pointers to float32 or to bfloat16 in uint16, ``after`` may be
-    None. Signs are the bits from ``first`` on behind address ``words``; up to 7 bytes behind the
-    last one are read.
+    ``before`` and ``after`` are pointers to float32, or bfloat16 as uint16; ``after`` may be None.
+    Signs are the bits from ``first`` on at address ``words``, see `_signed_run`.
     """
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        sums, *ends, words, first, count = arguments
+        into, old, new, *bits, number = arguments
 
         def body(index, mask, signed):  # type: ignore[no-untyped-def]
-            delta, *minus = (
-                _floats(builder, builder.ptrtoint(end, _LONG), index, pointer, mask)
-                for end, pointer in zip(ends, (before, after), strict=True)
-                if pointer != types.none
-            )
-            if minus:
-                delta = builder.fsub(delta, minus[0])
-            term = builder.fpext(signed(delta, index), _DOUBLES)
-            total = _load(builder, sums, index, _DOUBLES, mask)
-            _store(builder, builder.fadd(total, term), sums, index, _DOUBLES, mask)
+            delta = difference_of(builder, (old, new), (before, after), index, mask)
+            total = load(builder, into, index, DOUBLES, mask)
+            total = builder.fadd(total, builder.fpext(signed(delta), DOUBLES))
+            store(builder, total, into, index, mask)
 
-        _run(builder, words, first, count, body)
+        _signed_run(builder, *bits, number, body)
         return context.get_dummy_value()
 
     return types.void(types.int64, before, after, *[types.int64] * 3), codegen
 
 
 @intrinsic
-def signed_subtract(typingctx, out, x, words, first, count):  # type: ignore[no-untyped-def]
-    """Subtract ±x, ``count`` floats at address ``x``, from those at address ``out``.
+def signed_subtract(typingctx, out, x, values, words, first, count):  # type: ignore[no-untyped-def]
+    """Write ``x`` less ±values, ``count`` floats at address ``values``, to ``out``.
 
-    Signs are those of `signed_sums`.
+    ``out`` and ``x`` are pointers to float32, or bfloat16 as uint16. Signs as in `signed_sums`.
     """
 
     def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        out, x, words, first, count = arguments
+        target, source, terms, *bits, number = arguments
 
         def body(index, mask, signed):  # type: ignore[no-untyped-def]
-            term = signed(_load(builder, x, index, _FLOATS, mask), index)
-            old = _load(builder, out, index, _FLOATS, mask)
-            _store(builder, builder.fsub(old, term), out, index, _FLOATS, mask)
+            old = load_floats(builder, source, index, x, mask)
+            new = builder.fsub(old, signed(load(builder, terms, index, FLOATS, mask)))
+            store_floats(builder, new, target, index, out, mask)
 
-        _run(builder, words, first, count, body)
+        _signed_run(builder, *bits, number, body)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), codegen
+    return types.void(out, x, *[types.int64] * 4), codegen

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 
 import numba
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 
 from ferret_flwr.projection.families import FAMILIES, GROUP, truncated_normal_scale
 from ferret_flwr.projection.kernels.philox import (
@@ -23,6 +21,7 @@ from ferret_flwr.projection.kernels.philox import (
     split_key,
 )
 from ferret_flwr.projection.kernels.segments import Segments
+from ferret_flwr.projection.kernels.vectors import at, write_difference
 from ferret_flwr.projection.plan import RoundPlan
 
 TILE = 32  # groups handled at once: 16 KiB of float32
@@ -35,17 +34,6 @@ HALF_TO_FLOAT = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.flo
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 jit_inline = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 jit_parallel = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=True)
-
-
-@intrinsic
-def at(typingctx, address, dtype):  # type: ignore[no-untyped-def]
-    """Return ``address`` as a pointer to ``dtype``, for `numba.carray`."""
-    pointer = types.CPointer(dtype.dtype)
-
-    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
-
-    return pointer(types.int64, dtype), codegen
 
 
 @jit_inline
@@ -140,28 +128,15 @@ def itemsize(dtype):  # type: ignore[no-untyped-def]
 @jit
 def load(out, address, dtype, count):  # type: ignore[no-untyped-def]
     """Copy ``count`` elements at ``address`` to ``out`` as float32."""
+    floats = at(np.int64(out.ctypes.data), numba.float32)
     if dtype == FLOAT32:
-        exact = numba.carray(at(address, numba.float32), (count,))
-        for i in range(count):
-            out[i] = exact[i]
+        write_difference(floats, at(address, numba.float32), None, count)
+    elif dtype == BFLOAT16:
+        write_difference(floats, at(address, numba.uint16), None, count)
     else:
         bits = numba.carray(at(address, numba.uint16), (count,))
-        if dtype == BFLOAT16:
-            raw = out.view(np.uint32)
-            for i in range(count):
-                raw[i] = np.uint32(bits[i]) << np.uint32(16)
-        else:
-            for i in range(count):
-                out[i] = HALF_TO_FLOAT[bits[i]]
-
-
-@jit
-def _bfloat16(bits):  # type: ignore[no-untyped-def]
-    """Return the bits of a float32 rounded to nearest, ties to even."""
-    odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
-    above = np.uint32(bits + np.uint32(0x7FFF) + odd)
-    is_nan = np.uint32(bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    return np.uint16(0x7FC0) if is_nan else np.uint16(above >> np.uint32(16))
+        for i in range(count):
+            out[i] = HALF_TO_FLOAT[bits[i]]
 
 
 @jit
@@ -183,19 +158,16 @@ def _float16(bits):  # type: ignore[no-untyped-def]
 
 @jit
 def store(address, dtype, values, count):  # type: ignore[no-untyped-def]
-    """Copy ``count`` float32 to ``address``, rounded to ``dtype``."""
+    """Copy ``count`` float32 to ``address``, rounded to ``dtype`` to nearest, ties to even."""
+    floats = at(np.int64(values.ctypes.data), numba.float32)
     if dtype == FLOAT32:
-        exact = numba.carray(at(address, numba.float32), (count,))
-        for i in range(count):
-            exact[i] = values[i]
+        write_difference(at(address, numba.float32), floats, None, count)
+    elif dtype == BFLOAT16:
+        write_difference(at(address, numba.uint16), floats, None, count)
     else:
         out, bits = numba.carray(at(address, numba.uint16), (count,)), values.view(np.uint32)
-        if dtype == BFLOAT16:
-            for i in range(count):
-                out[i] = _bfloat16(bits[i])
-        else:
-            for i in range(count):
-                out[i] = _float16(bits[i])
+        for i in range(count):
+            out[i] = _float16(bits[i])
 
 
 @jit
@@ -217,13 +189,21 @@ def difference(x, y, before, after, dtype, offset, groups, first, count):  # typ
     """
     if dtype == FLOAT32 and after == 0 and count == groups * GROUP:
         return before + offset * 4
-    offset *= itemsize(dtype)
+    skipped = offset * itemsize(dtype)
+    old, new = before + skipped, after + skipped
     x[:first] = 0
     x[first + count : groups * GROUP] = 0
     delta = x[first:]
-    load(delta, before + offset, dtype, count)
-    if after != 0:
-        load(y, after + offset, dtype, count)
+    floats = at(np.int64(delta.ctypes.data), numba.float32)
+    if after == 0:
+        load(delta, old, dtype, count)
+    elif dtype == FLOAT32:
+        write_difference(floats, at(old, numba.float32), at(new, numba.float32), count)
+    elif dtype == BFLOAT16:
+        write_difference(floats, at(old, numba.uint16), at(new, numba.uint16), count)
+    else:
+        load(delta, old, dtype, count)
+        load(y, new, dtype, count)
         for i in range(count):
             delta[i] -= y[i]
     return np.int64(x.ctypes.data)
@@ -231,9 +211,9 @@ def difference(x, y, before, after, dtype, offset, groups, first, count):  # typ
 
 @jit
 def masters(x, source, source_dtype, target, target_dtype, groups, first, count):  # type: ignore[no-untyped-def]
-    """Return the address of ``groups`` of float32, of which ``count`` from ``first`` on are ``source``.
+    """Return the address of ``groups`` of float32, ``count`` of which, from ``first`` on, are read.
 
-    It is ``target`` if they are there, else that of ``x``, to be taken to ``target`` by `store`.
+    They are at ``target`` if that is ``source``, else in ``x``, to go to ``target`` by `store`.
     """
     if source == target and source_dtype == target_dtype == FLOAT32 and count == groups * GROUP:
         return target
