@@ -15,8 +15,9 @@ import numpy as np
 from ferret_flwr.projection.families import FAMILIES, GROUP, truncated_normal_scale
 from ferret_flwr.projection.kernels.reference import MIX_BITS, MIX_INDEX
 from ferret_flwr.projection.kernels.segments import Segments
-from ferret_flwr.projection.kernels.signs import signed_add, signed_dot, signed_store
+from ferret_flwr.projection.kernels.signs import signed_add, signed_dot
 from ferret_flwr.projection.kernels.tiles import (
+    BFLOAT16,
     ELEMENTS,
     SIGNS,
     TILE,
@@ -93,20 +94,30 @@ def _replay(  # type: ignore[no-untyped-def]
     source, target = ends
     source_dtype, target_dtype = dtypes
     for thread in numba.prange(len(bounds) - 1):
-        words, flat = np.empty((4, TILE), np.uint32), np.empty(4 * TILE, np.uint32)
+        words, flat = np.empty((4, TILE), np.uint32), np.empty(4 * TILE + 2, np.uint32)
         x, update = np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32)
         v, bits = np.empty(ELEMENTS, np.float32), np.int64(flat.ctypes.data)
-        sum_of_bases = np.int64(update.ctypes.data)
+        sum_of_bases = at(np.int64(update.ctypes.data), numba.float32)
         for s in range(bounds[thread], bounds[thread + 1]):
             stop, b = start[s] + length[s], block[s]
             group = start[s] // GROUP
+            once = family == SIGNS and len(keys) == 1 and counts[0, b] == 1
+            direct = once and source_dtype[s] == target_dtype[s] == BFLOAT16
             while group * GROUP < stop:
                 groups, first, count = tile_of(start[s], stop, group)
-                offset, lanes = group * GROUP + first - start[s], np.int64(4 * groups)
+                offset, size = group * GROUP + first - start[s], groups * GROUP
                 old = source[s] + offset * itemsize(source_dtype[s])
                 new = target[s] + offset * itemsize(target_dtype[s])
+                if direct:
+                    c = coefficients[offsets[0, b]]
+                    sign_words(flat, words, group, groups, 0, keys[0, 0], keys[0, 1])
+                    written, read = at(new, numba.uint16), at(old, numba.uint16)
+                    signed_add(written, read, -c, bits, first, count)
+                    group += TILE
+                    continue
                 tile = masters(x, old, source_dtype[s], new, target_dtype[s], groups, first, count)
-                w = numba.carray(at(tile, numba.float32), (groups * GROUP,))
+                floats = at(tile, numba.float32)
+                w = numba.carray(floats, (size,))
                 for r in range(len(keys)):
                     key_0, key_1 = keys[r]
                     for k in range(counts[r, b]):
@@ -114,21 +125,21 @@ def _replay(  # type: ignore[no-untyped-def]
                         if family == SIGNS:
                             sign_words(flat, words, group, groups, k, key_0, key_1)
                             if counts[r, b] == 1:
-                                signed_add(tile, bits, lanes, -c)
+                                signed_add(floats, floats, -c, bits, 0, size)
                             elif k == 0:
-                                signed_store(sum_of_bases, bits, lanes, c)
+                                signed_add(sum_of_bases, None, c, bits, 0, size)
                             else:
-                                signed_add(sum_of_bases, bits, lanes, c)
+                                signed_add(sum_of_bases, sum_of_bases, c, bits, 0, size)
                         else:
                             normal_elements(v, group, groups, k, key_0, key_1, scale)
                             if k == 0:
-                                for i in range(groups * GROUP):
+                                for i in range(size):
                                     update[i] = c * v[i]
                             else:
-                                for i in range(groups * GROUP):
+                                for i in range(size):
                                     update[i] += c * v[i]
                     if family != SIGNS or counts[r, b] > 1:
-                        for i in range(groups * GROUP):
+                        for i in range(size):
                             w[i] -= update[i]
                 if tile != new:
                     store(new, target_dtype[s], x[first:], count)

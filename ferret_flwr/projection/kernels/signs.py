@@ -64,36 +64,6 @@ def signed_dot(typingctx, x, words, count):  # type: ignore[no-untyped-def]
     return types.float32(types.int64, types.int64, types.int64), codegen
 
 
-def _of_constant(combine=None):  # type: ignore[no-untyped-def]
-    """Write ±c to each 32 floats, or ``combine`` ("fadd") it with what is there."""
-
-    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        out, words, count, c = arguments
-        constant = _broadcast(builder, c)
-        negative = builder.fneg(constant)
-        with cgutils.for_range(builder, count) as loop:
-            target = vector_at(builder, out, loop.index)
-            value = builder.select(_mask_at(builder, words, loop.index), negative, constant)
-            if combine is not None:
-                value = getattr(builder, combine)(builder.load(target, align=4), value)
-            builder.store(value, target, align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64, types.float32), codegen
-
-
-@intrinsic
-def signed_store(typingctx, out, words, count, c):  # type: ignore[no-untyped-def]
-    """Write ±c to ``32 count`` floats at address ``out``."""
-    return _of_constant()
-
-
-@intrinsic
-def signed_add(typingctx, out, words, count, c):  # type: ignore[no-untyped-def]
-    """Add ±c to ``32 count`` floats at address ``out``."""
-    return _of_constant("fadd")
-
-
 def _signed_run(builder, words, first, count, body):  # type: ignore[no-untyped-def]
     """Emit ``body`` as `for_lanes` does, with what takes signs from behind ``words``.
 
@@ -135,6 +105,29 @@ def signed_sums(typingctx, sums, before, after, words, first, count):  # type: i
         return context.get_dummy_value()
 
     return types.void(types.int64, before, after, *[types.int64] * 3), codegen
+
+
+@intrinsic
+def signed_add(typingctx, out, x, c, words, first, count):  # type: ignore[no-untyped-def]
+    """Write ``x`` ± the float ``c``, or ±c if ``x`` is None, to ``count`` elements at ``out``.
+
+    Pointers and signs as in `signed_subtract`.
+    """
+
+    def codegen(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        target, source, constant, *bits, number = arguments
+        constant = _broadcast(builder, constant)
+
+        def body(index, mask, signed):  # type: ignore[no-untyped-def]
+            value = signed(constant)
+            if x != types.none:
+                value = builder.fadd(load_floats(builder, source, index, x, mask), value)
+            store_floats(builder, value, target, index, out, mask)
+
+        _signed_run(builder, *bits, number, body)
+        return context.get_dummy_value()
+
+    return types.void(out, x, types.float32, *[types.int64] * 3), codegen
 
 
 @intrinsic
