@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 
-from ferret_flwr.projection.families import FAMILIES, GROUP, truncated_normal_scale
+from ferret_flwr.projection.families import GROUP
 from ferret_flwr.projection.kernels.reference import ROTATION
 from ferret_flwr.projection.kernels.segments import Segments
 from ferret_flwr.projection.kernels.signs import signed_subtract, signed_sums
@@ -28,10 +28,10 @@ from ferret_flwr.projection.kernels.tiles import (
     at,
     difference,
     family_code,
+    family_codes,
     itemsize,
     jit,
     jit_parallel,
-    keys_of,
     kinds_of,
     masters,
     normal_elements,
@@ -83,103 +83,112 @@ def _add_run(sums, before, after, dtype, bits, first, count):  # type: ignore[no
             signed_sums(sums, old_bits, new_bits, bits, first, count)
 
 
+@jit
+def _project_part(before, after, dtype, start, length, num_blocks, sums, begin, end, code):  # type: ignore[no-untyped-def]
+    """Add the segments ``begin..end`` to ``sums``."""
+    family, key_0, key_1, scale = code
+    words, flat = np.empty((4, TILE), np.uint32), np.zeros(4 * TILE + 2, np.uint32)
+    x, y = np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32)
+    bits, own = np.int64(flat.ctypes.data), np.int64(sums.ctypes.data)
+    for s in range(begin, end):
+        stop = start[s] + length[s]
+        group = start[s] // GROUP
+        while group * GROUP < stop:
+            groups, first, count = tile_of(start[s], stop, group)
+            offset, dtype_of_tile = group * GROUP + first - start[s], dtype[s]
+            if family == SIGNS and dtype[s] != FLOAT16:
+                skipped = offset * itemsize(dtype[s])
+                old, new = before[s] + skipped, after[s] + skipped if after[s] != 0 else 0
+            else:
+                old = difference(x, y, before[s], after[s], dtype[s], offset, groups, first, count)
+                old, new, dtype_of_tile = old + 4 * first, 0, FLOAT32
+            if family == SIGNS:
+                sign_words(flat, words, group, groups, 0, key_0, key_1)
+            else:
+                normal_elements(y, group, groups, 0, key_0, key_1, scale)
+                values, v = numba.carray(at(old, numba.float32), (count,)), y[first:]
+                for i in range(count):
+                    v[i] *= values[i]
+                old = np.int64(v.ctypes.data)
+            index = group * GROUP + first
+            high = index + count
+            size = itemsize(dtype_of_tile)
+            while index < high:
+                block, run = _run(index, high, num_blocks, key_0, key_1)
+                _add_run(own + 8 * block, old, new, dtype_of_tile, bits, first, run)
+                old, first, index = old + size * run, first + run, index + run
+                if new != 0:
+                    new += size * run
+            group += TILE
+
+
 @jit_parallel
 def _project(before, after, dtype, start, length, num_blocks, sums, bounds, code):  # type: ignore[no-untyped-def]
-    family, key_0, key_1, scale = code
     for part in numba.prange(len(bounds) - 1):
-        words, flat = np.empty((4, TILE), np.uint32), np.zeros(4 * TILE + 2, np.uint32)
-        x, y = np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32)
-        bits, own = np.int64(flat.ctypes.data), np.int64(sums[part].ctypes.data)
-        for s in range(bounds[part], bounds[part + 1]):
-            stop = start[s] + length[s]
-            group = start[s] // GROUP
-            while group * GROUP < stop:
-                groups, first, count = tile_of(start[s], stop, group)
-                offset, dtype_of_tile = group * GROUP + first - start[s], dtype[s]
-                if family == SIGNS and dtype[s] != FLOAT16:
-                    skipped = offset * itemsize(dtype[s])
-                    old, new = before[s] + skipped, after[s] + skipped if after[s] != 0 else 0
-                else:
-                    old = difference(
-                        x, y, before[s], after[s], dtype[s], offset, groups, first, count
-                    )
-                    old, new, dtype_of_tile = old + 4 * first, 0, FLOAT32
+        begin, end = bounds[part], bounds[part + 1]
+        _project_part(before, after, dtype, start, length, num_blocks, sums[part], begin, end, code)
+
+
+@jit
+def _replay_part(ends, dtypes, start, length, num_blocks, coefficients, begin, end, code):  # type: ignore[no-untyped-def]
+    """Replay the segments ``begin..end``."""
+    source, target = ends
+    source_dtype, target_dtype = dtypes
+    family, scale, keys = code
+    once = family == SIGNS and len(keys) == 1
+    words, flat = np.empty((4, TILE), np.uint32), np.empty(4 * TILE + 2, np.uint32)
+    x, v = np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32)
+    bits = np.int64(flat.ctypes.data)
+    for s in range(begin, end):
+        stop = start[s] + length[s]
+        group = start[s] // GROUP
+        while group * GROUP < stop:
+            groups, first, count = tile_of(start[s], stop, group)
+            offset = group * GROUP + first - start[s]
+            old = source[s] + offset * itemsize(source_dtype[s])
+            new = target[s] + offset * itemsize(target_dtype[s])
+            direct = once and source_dtype[s] == target_dtype[s] == BFLOAT16
+            tile = new
+            if not direct:
+                tile = masters(x, old, source_dtype[s], new, target_dtype[s], groups, first, count)
+            w = numba.carray(at(tile, numba.float32), (groups * GROUP,))
+            for r in range(len(keys)):
+                key_0, key_1 = keys[r]
                 if family == SIGNS:
                     sign_words(flat, words, group, groups, 0, key_0, key_1)
                 else:
-                    normal_elements(y, group, groups, 0, key_0, key_1, scale)
-                    values, v = numba.carray(at(old, numba.float32), (count,)), y[first:]
-                    for i in range(count):
-                        v[i] *= values[i]
-                    old = np.int64(v.ctypes.data)
-                index = group * GROUP + first
-                high = index + count
-                size = itemsize(dtype_of_tile)
-                while index < high:
+                    normal_elements(v, group, groups, 0, key_0, key_1, scale)
+                within = first
+                while within < first + count:
+                    index = group * GROUP + within
+                    high = group * GROUP + first + count
                     block, run = _run(index, high, num_blocks, key_0, key_1)
-                    _add_run(own + 8 * block, old, new, dtype_of_tile, bits, first, run)
-                    old, first, index = old + size * run, first + run, index + run
-                    if new != 0:
-                        new += size * run
-                group += TILE
+                    c = coefficients[r, block:]
+                    if family == SIGNS:
+                        values = np.int64(c.ctypes.data)
+                        if direct:
+                            away = 2 * (within - first)
+                            read = at(old + away, numba.uint16)
+                            written = at(new + away, numba.uint16)
+                            signed_subtract(written, read, values, bits, within, run)
+                        else:
+                            part = at(tile + 4 * within, numba.float32)
+                            signed_subtract(part, part, values, bits, within, run)
+                    else:
+                        masters_of_run, elements = w[within:], v[within:]
+                        for i in range(run):
+                            masters_of_run[i] -= c[i] * elements[i]
+                    within += run
+            if tile != new:
+                store(new, target_dtype[s], x[first:], count)
+            group += TILE
 
 
 @jit_parallel
-def _replay(  # type: ignore[no-untyped-def]
-    ends, dtypes, start, length, num_blocks, coefficients, bounds, family, scale, keys
-):
-    source, target = ends
-    source_dtype, target_dtype = dtypes
-    once = family == SIGNS and len(keys) == 1
+def _replay(ends, dtypes, start, length, num_blocks, coefficients, bounds, code):  # type: ignore[no-untyped-def]
     for thread in numba.prange(len(bounds) - 1):
-        words, flat = np.empty((4, TILE), np.uint32), np.empty(4 * TILE + 2, np.uint32)
-        x, v = np.empty(ELEMENTS, np.float32), np.empty(ELEMENTS, np.float32)
-        bits = np.int64(flat.ctypes.data)
-        for s in range(bounds[thread], bounds[thread + 1]):
-            stop = start[s] + length[s]
-            group = start[s] // GROUP
-            while group * GROUP < stop:
-                groups, first, count = tile_of(start[s], stop, group)
-                offset = group * GROUP + first - start[s]
-                old = source[s] + offset * itemsize(source_dtype[s])
-                new = target[s] + offset * itemsize(target_dtype[s])
-                direct = once and source_dtype[s] == target_dtype[s] == BFLOAT16
-                tile = new
-                if not direct:
-                    tile = masters(
-                        x, old, source_dtype[s], new, target_dtype[s], groups, first, count
-                    )
-                w = numba.carray(at(tile, numba.float32), (groups * GROUP,))
-                for r in range(len(keys)):
-                    key_0, key_1 = keys[r]
-                    if family == SIGNS:
-                        sign_words(flat, words, group, groups, 0, key_0, key_1)
-                    else:
-                        normal_elements(v, group, groups, 0, key_0, key_1, scale)
-                    within = first
-                    while within < first + count:
-                        index = group * GROUP + within
-                        high = group * GROUP + first + count
-                        block, run = _run(index, high, num_blocks, key_0, key_1)
-                        c = coefficients[r, block:]
-                        if family == SIGNS:
-                            values = np.int64(c.ctypes.data)
-                            if direct:
-                                away = 2 * (within - first)
-                                read = at(old + away, numba.uint16)
-                                written = at(new + away, numba.uint16)
-                                signed_subtract(written, read, values, bits, within, run)
-                            else:
-                                part = at(tile + 4 * within, numba.float32)
-                                signed_subtract(part, part, values, bits, within, run)
-                        else:
-                            masters_of_run, elements = w[within:], v[within:]
-                            for i in range(run):
-                                masters_of_run[i] -= c[i] * elements[i]
-                        within += run
-                if tile != new:
-                    store(new, target_dtype[s], x[first:], count)
-                group += TILE
+        begin, end = bounds[thread], bounds[thread + 1]
+        _replay_part(ends, dtypes, start, length, num_blocks, coefficients, begin, end, code)
 
 
 def project(
@@ -235,7 +244,5 @@ def replay(
         plans[0].num_bases,
         np.stack([c for _, c in rounds]),
         segments.divide(segments.length, numba.get_num_threads()),
-        FAMILIES[plans[0].family].code,
-        truncated_normal_scale(plans[0].blocks.block_size),
-        keys_of(plans),
+        family_codes(plans),
     )

@@ -29,7 +29,6 @@ ELEMENTS = TILE * GROUP
 
 SIGNS = FAMILIES["rademacher"].code
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-HALF_TO_FLOAT = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 jit_inline = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
@@ -126,6 +125,16 @@ def itemsize(dtype):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _from_float16(bits):  # type: ignore[no-untyped-def]
+    """Return the float32 that the bits of a float16 stand for."""
+    size = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13))
+    value = size.view(np.float32) * np.float32(2.0**112)  # the difference of the exponents' biases
+    if size >= np.uint32(0x0F800000):  # infinite, or not a number
+        value = np.uint32(size | np.uint32(0x7F800000)).view(np.float32)
+    return -value if bits & np.uint32(0x8000) else value
+
+
+@jit
 def load(out, address, dtype, count):  # type: ignore[no-untyped-def]
     """Copy ``count`` elements at ``address`` to ``out`` as float32."""
     floats = at(np.int64(out.ctypes.data), numba.float32)
@@ -136,11 +145,11 @@ def load(out, address, dtype, count):  # type: ignore[no-untyped-def]
     else:
         bits = numba.carray(at(address, numba.uint16), (count,))
         for i in range(count):
-            out[i] = HALF_TO_FLOAT[bits[i]]
+            out[i] = _from_float16(np.uint32(bits[i]))
 
 
 @jit
-def _float16(bits):  # type: ignore[no-untyped-def]
+def _to_float16(bits):  # type: ignore[no-untyped-def]
     """Return the bits of a float32 rounded to nearest, ties to even."""
     sign, size = (bits >> np.uint32(16)) & np.uint32(0x8000), bits & np.uint32(0x7FFFFFFF)
     if size > np.uint32(0x7F800000):
@@ -167,7 +176,7 @@ def store(address, dtype, values, count):  # type: ignore[no-untyped-def]
     else:
         out, bits = numba.carray(at(address, numba.uint16), (count,)), values.view(np.uint32)
         for i in range(count):
-            out[i] = _float16(bits[i])
+            out[i] = _to_float16(bits[i])
 
 
 @jit
@@ -241,6 +250,7 @@ def family_code(plan: RoundPlan) -> tuple[int, np.uint32, np.uint32, float]:
     return FAMILIES[plan.family].code, np.uint32(low), np.uint32(high), scale
 
 
-def keys_of(plans: Sequence[RoundPlan]) -> np.ndarray:
-    """Return the key of each plan: uint32, ``(R, 2)``."""
-    return np.array([split_key(plan.seed) for plan in plans], dtype=np.uint32)
+def family_codes(plans: Sequence[RoundPlan]) -> tuple[int, float, np.ndarray]:
+    """Return the same of plans that differ in their keys: family, scale, uint32 ``(R, 2)`` keys."""
+    family, _, _, scale = family_code(plans[0])
+    return family, scale, np.array([split_key(plan.seed) for plan in plans], dtype=np.uint32)
