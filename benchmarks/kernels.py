@@ -366,9 +366,9 @@ def show(figures: Mapping[str, Any], indent: str = "") -> None:
             show(value, indent + "  ")
         elif isinstance(value, dict):
             row = ", ".join(f"{k} {_text(v)}" for k, v in value.items())
-            print(f"{indent}{name:<34}{row}")
+            print(f"{indent}{name:<36}{row}")
         else:
-            print(f"{indent}{name:<34}{_text(value)}")
+            print(f"{indent}{name:<36}{_text(value)}")
 
 
 def _text(value: Any) -> str:
