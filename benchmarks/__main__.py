@@ -62,11 +62,15 @@ BENCHMARKS = {
     "growth": Benchmark(("--plot", "{folder}/growth.png")),
     "scale": Benchmark(("--plot", "{folder}/scale.png")),
     "message": Benchmark(),
+    "overhead": Benchmark(("--recipe", "examples/gsm8k-smollm2.toml"), no_smollm2),
     "memory": Benchmark(),
     "privacy": Benchmark(("--output", "{folder}/privacy.png")),
     "leakage": Benchmark(),
     "one_round": Benchmark(
         ("--recipe", "examples/gsm8k-smollm2.toml", "--output", "{folder}/one-round"), no_smollm2
+    ),
+    "number_format": Benchmark(
+        ("--output", "{folder}/number-format", "--plot", "{folder}/number-format.png")
     ),
     "curves": Benchmark(missing=lambda: "the folders of finished runs"),
     "compare": Benchmark(("benchmarks/plans/builtin.toml", "--output", "{folder}/builtin")),

@@ -176,7 +176,7 @@ def both(array: np.ndarray, layout: Layout, plan: RoundPlan) -> list[Callable[[]
 def timed(works: Sequence[Work], calls: Sequence[Callable[[], Any]]) -> dict[str, np.ndarray]:
     """Return the seconds of each work's call in some turns."""
     named = dict(zip((work.name for work in works), calls, strict=True))
-    return in_turns(named, TURNS, ENOUGH)
+    return in_turns(named, TURNS, warm_ups=0, enough=ENOUGH)
 
 
 def medians(taken: Mapping[str, np.ndarray]) -> Row:

@@ -1,8 +1,13 @@
 """Time projection and reconstruction against copying the vector, and against the authors' way.
 
-One run measures everything: a copy, a projection, a subtraction and a sample of the authors' way
-in turns, so that what else the machine does strikes all of them. Ratios are medians of the ratios
-within each round. Ours are interleaved; the authors have as many bases in 194 blocks.
+    python -m benchmarks.kernels                           # --dtype bfloat16, float16
+    python -m benchmarks.kernels --slope [--plot docs/kernels.png]    # cost against K_l
+    python -m benchmarks.kernels --parts                   # what the distance to a copy is made of
+    python -m benchmarks.kernels --start-up                # what compiling costs a process
+
+All that is compared runs in turns, so that what else the machine does strikes all of it, and
+ratios are medians of the ratios within each round. A copy reads and writes the vector once; a
+projection of an update reads it, one of a difference reads two, a reconstruction reads and writes.
 """
 
 from __future__ import annotations
@@ -10,21 +15,28 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 
-from benchmarks.header import header, print_figures
+from benchmarks.header import header
+from benchmarks.plots import pyplot, save
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.families import FAMILIES
-from ferret_flwr.projection.kernels import reference
+from ferret_flwr.projection.kernels import cpu, cpu_interleaved, reference
+from ferret_flwr.projection.kernels.segments import LARGEST, Segments
 from ferret_flwr.projection.layout import Blocks, InterleavedBlocks, Layout
 from ferret_flwr.projection.plan import RoundPlan
-from ferret_flwr.training.tensors import as_arrays
+from ferret_flwr.training.tensors import as_array, as_arrays
 
 ELEMENTS = 134_515_008  # SmolLM2-135M
 BASES = 8192
@@ -32,6 +44,13 @@ AUTHORS_BLOCKS = 194  # L of the paper's 1.3 B model
 AUTHORS_SAMPLE = 4  # bases measured in a round, of K
 CHECKED = (8_000, 12_011)  # elements of tensors: one of whole vectors, one not
 WARM_UPS, ROUNDS, SEED = 2, 9, 20240910
+DTYPES = ("float32", "bfloat16", "float16")
+BASES_PER_BLOCK = {  # K_l, as far as seconds go
+    "rademacher": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    "truncated-normal": (1, 2, 4, 8, 16),
+}
+
+Turns = Mapping[str, Callable[[], Any]]
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -144,68 +163,283 @@ def authors_sample(elements: int) -> Callable[[], None]:
     return work
 
 
-def time_rounds(elements: int, plan: RoundPlan) -> dict[str, np.ndarray]:
-    """Return the seconds of each round for a copy, a projection, a subtraction and the authors."""
-    generator = torch.Generator().manual_seed(SEED)
-    vector = torch.empty(elements).normal_(generator=generator)
-    other, array = torch.zeros_like(vector), vector.numpy()
-    layout = Layout(("vector",), ((elements,),))
-    c = (1e-6 * projection.project([array], layout, plan)).astype(np.float32)
-    turns: dict[str, Callable[[], Any]] = {
-        "copy": lambda: other.copy_(vector),
-        "project": lambda: projection.project([array], layout, plan),
-        "reconstruct": lambda: projection.subtract([array], layout, plan, c),
-        "authors": authors_sample(elements),
-    }
-    in_turns(turns, WARM_UPS)
-    taken = in_turns(turns, ROUNDS)
-    taken["authors"] *= plan.num_coefficients / AUTHORS_SAMPLE
-    return taken
-
-
 def in_turns(
-    turns: Mapping[str, Callable[[], Any]], rounds: int, enough: float = math.inf
+    turns: Turns, rounds: int = ROUNDS, warm_ups: int = WARM_UPS, enough: float = math.inf
 ) -> dict[str, np.ndarray]:
-    """Return the seconds of each work in every round, of which each has its turn.
+    """Return the seconds of each work in every round behind the ``warm_ups``.
 
     After ``enough`` seconds in all there are no more rounds.
     """
     taken: list[list[float]] = []
-    while len(taken) < rounds and sum(map(sum, taken)) < enough:
+    while len(taken) < warm_ups + rounds and sum(map(sum, taken)) < enough:
         taken.append([seconds(work) for work in turns.values()])
-    return dict(zip(turns, np.array(taken).T, strict=True))
+    return dict(zip(turns, np.array(taken[warm_ups:]).T, strict=True))
 
 
-def measure(elements: int) -> dict[str, Any]:
-    """Return every figure of the benchmark, with what it was measured on."""
-    check_kernels()
-    plan = interleaved(elements, BASES, "rademacher")
-    taken = time_rounds(elements, plan)
-    ours, bases = taken["project"] + taken["reconstruct"], plan.num_coefficients
+def vector_of(elements: int, dtype: str) -> torch.Tensor:
+    """Return normal numbers."""
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.empty(elements).normal_(generator=generator).to(getattr(torch, dtype))
+
+
+def works_of(vector: torch.Tensor, other: torch.Tensor, plan: RoundPlan) -> Turns:
+    """Return a copy of ``vector`` to ``other``, its projections and a reconstruction in place.
+
+    The vector changes by less than rounding.
+    """
+    layout, array, after = Layout(("vector",), (vector.shape,)), as_array(vector), as_array(other)
+    c = np.full(plan.num_coefficients, 1e-30, dtype=np.float32)
+
+    def reconstruct() -> None:
+        if vector.dtype == torch.float32:
+            projection.subtract([array], layout, plan, c)
+        else:
+            projection.replay([array], layout, [(plan, c)], [array])
+
     return {
-        "project_over_copy": float(np.median(taken["project"] / taken["copy"])),
-        "reconstruct_over_copy": float(np.median(taken["reconstruct"] / taken["copy"])),
+        "copy": lambda: other.copy_(vector),
+        "project": lambda: projection.project([array], layout, plan),
+        "project_difference": lambda: projection.project([array], layout, plan, [after]),
+        "reconstruct": reconstruct,
+    }
+
+
+def time_rounds(elements: int, dtype: str, plan: RoundPlan) -> dict[str, np.ndarray]:
+    """Return the seconds of each round for a copy, our kernels, and the authors."""
+    vector = vector_of(elements, dtype)
+    works = {
+        **works_of(vector, torch.zeros_like(vector), plan),
+        "authors": authors_sample(elements),
+    }
+    taken = in_turns(works)
+    taken["authors"] *= plan.num_coefficients / AUTHORS_SAMPLE
+    return taken
+
+
+def slope(elements: int, dtype: str) -> dict[str, Any]:
+    """Return seconds against K_l with a line through them, for each family.
+
+    Contiguous blocks, K = 8192 in all. The line is of least squares relative to the seconds; its
+    ``off`` is the largest distance from it, as a part of the measured seconds.
+    """
+    vector = vector_of(elements, dtype)
+    other, families = torch.zeros_like(vector), {}
+    for family, numbers in BASES_PER_BLOCK.items():
+        rows = []
+        for bases in numbers:
+            works = works_of(vector, other, contiguous(elements, BASES // bases, bases, family))
+            taken = in_turns(works, 3 if bases * elements > 2**30 else ROUNDS)
+            medians = {f"{n}_seconds": float(np.median(t)) for n, t in taken.items()}
+            ratios = {
+                f"{n}_over_copy": float(np.median(taken[n] / taken["copy"]))
+                for n in ("project", "reconstruct")
+            }
+            rows.append({"bases": bases, **medians, **ratios})
+        lines = {n: fitted(rows, f"{n}_seconds", elements) for n in ("project", "reconstruct")}
+        families[family] = {"rows": rows, "lines": lines}
+    return {"families": families}
+
+
+def fitted(rows: list[dict[str, Any]], key: str, elements: int) -> dict[str, float]:
+    """Return the line through ``key`` against K_l."""
+    x, y = (np.array([row[k] for row in rows], dtype=np.float64) for k in ("bases", key))
+    ones = np.stack([np.ones_like(x), x], axis=1)
+    (at_zero, each), *_ = np.linalg.lstsq(ones / y[:, None], np.ones_like(y), rcond=None)
+    return {
+        "at_zero_seconds": float(at_zero),
+        "seconds_per_basis": float(each),
+        "ns_per_element_and_basis": float(1e9 * each / elements),
+        "off": float(np.abs((at_zero + each * x) / y - 1).max()),
+    }
+
+
+def parts(elements: int, dtype: str) -> dict[str, Any]:
+    """Return the seconds of what a projection and a reconstruction are made of, over a copy.
+
+    "In cache" does the same work on the first 2¹⁶ elements over and over: all but the memory.
+    """
+    vector = vector_of(elements, dtype)
+    other, whole = torch.zeros_like(vector), as_array(vector)
+    dealt = interleaved(elements, BASES, "rademacher")
+    cut = contiguous(elements, BASES, 1, "rademacher")
+    c = np.full(BASES, 1e-30, dtype=np.float32)
+    array, turns = [whole[:LARGEST].copy()], dict[str, Callable[[], Any]]()
+    turns["copy"] = lambda: other.copy_(vector)
+    turns["read only (torch.sum)"] = lambda: vector.sum()
+    for name, kernel, plan in (("interleaved", cpu_interleaved, dealt), ("contiguous", cpu, cut)):
+        block = elements if plan.interleaved else plan.blocks.block_size
+        segments = Segments.of(np.array([0, elements]), block)
+        same = Segments(
+            segments.start,
+            segments.length,
+            segments.tensor,
+            segments.block,
+            np.where(segments.within + segments.length > LARGEST, 0, segments.within),
+        )
+        for where, data, walk in (("", [whole], segments), (", in cache", array, same)):
+            turns[f"project, {name}{where}"] = (
+                lambda kernel=kernel, data=data, walk=walk, plan=plan: kernel.project(
+                    data, None, walk, plan
+                )
+            )
+            turns[f"reconstruct, {name}{where}"] = (
+                lambda kernel=kernel, data=data, walk=walk, plan=plan: kernel.replay(
+                    data, [(plan, c[: plan.num_bases])], walk, data
+                )
+            )
+    taken = in_turns(turns)
+    return {
+        name: {
+            "seconds": float(np.median(own)),
+            "over_copy": float(np.median(own / taken["copy"])),
+        }
+        for name, own in taken.items()
+    }
+
+
+START_UP = """
+import json, time
+phases, last = {}, time.perf_counter()
+def done(name):
+    global last
+    phases[name], last = time.perf_counter() - last, time.perf_counter()
+import numpy as np
+done("import numpy")
+import numba
+done("import numba")
+from ferret_flwr.projection import projection
+from ferret_flwr.projection.layout import InterleavedBlocks, Layout
+from ferret_flwr.projection.plan import RoundPlan
+done("import ferret_flwr.projection")
+layout = Layout(("w",), ((4096,),))
+plan = RoundPlan(1, 1, "rademacher", InterleavedBlocks.of(4096, 64))
+array = np.ones(4096, dtype=np.float32)
+for time_of in ("first", "second"):
+    c = projection.project([array], layout, plan).astype(np.float32)
+    projection.subtract([array], layout, plan, c)
+    projection.fingerprint([array], layout)
+    done(f"{time_of} projection, reconstruction and fingerprint")
+import torch
+done("import torch")
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+done("import transformers")
+print(json.dumps(phases))
+"""
+
+
+def start_up() -> dict[str, dict[str, float]]:
+    """Return the seconds that a process spends until it has projected, by phase.
+
+    Once where nothing has been compiled, and again with what the first process left.
+    """
+    columns = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("empty cache", "cache"):
+            environment = {**os.environ, "NUMBA_CACHE_DIR": cache}
+            command = [sys.executable, "-c", START_UP]
+            run = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
+            columns[name] = json.loads(run.stdout)
+    return columns
+
+
+def measured_on() -> dict[str, Any]:
+    """Return what figures depend on."""
+    return {
+        "threads": f"{numba.get_num_threads()} of numba, {torch.get_num_threads()} of torch",
+    } | header(SEED)
+
+
+def measure(elements: int, dtype: str) -> dict[str, Any]:
+    """Return every figure of the benchmark, with what it was measured on."""
+    plan = interleaved(elements, BASES, "rademacher")
+    taken = time_rounds(elements, dtype, plan)
+    ours, bases = taken["project"] + taken["reconstruct"], plan.num_coefficients
+    over_copy = ("project", "project_difference", "reconstruct")
+    return {
+        **{f"{n}_over_copy": float(np.median(taken[n] / taken["copy"])) for n in over_copy},
         "authors_over_ours": float(np.median(taken["authors"] / ours)),
         **{f"{name}_seconds": float(np.median(values)) for name, values in taken.items()},
         "authors_how": f"L = {AUTHORS_BLOCKS}, scaled up from {AUTHORS_SAMPLE} of {bases} bases",
+        "dtype": dtype,
         "elements": elements,
         "bases": bases,
         "rounds": ROUNDS,
-        "threads": numba.get_num_threads(),
-    } | header(SEED)
+    }
+
+
+def draw(figures: dict[str, Any], path: Path) -> None:
+    """Draw seconds against K_l, with the lines."""
+    figure, axes = pyplot().subplots(1, len(FAMILIES), figsize=(11, 4))
+    for axis, (family, own) in zip(axes, figures["families"].items(), strict=True):
+        bases = np.array([row["bases"] for row in own["rows"]])
+        for color, (name, line) in enumerate(own["lines"].items()):
+            measured = [row[f"{name}_seconds"] for row in own["rows"]]
+            axis.plot(bases, measured, "o", color=f"C{color}", label=name)
+            exact = line["at_zero_seconds"] + line["seconds_per_basis"] * bases
+            label = f"{line['ns_per_element_and_basis']:.3f} ns an element and basis"
+            axis.plot(bases, exact, color=f"C{color}", label=label)
+        copies = [row["copy_seconds"] for row in own["rows"]]
+        axis.plot(bases, copies, ":", color="0.4", label="copy")
+        axis.set(xlabel="bases per block", ylabel="seconds", title=family)
+        axis.set(xscale="log", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(f"{figures['elements']:,} {figures['dtype']}, {figures['hardware']}", size=9)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def show(figures: Mapping[str, Any], indent: str = "") -> None:
+    """Print nested figures, a name to a line."""
+    for name, value in figures.items():
+        if isinstance(value, list):
+            for row in value:
+                print(indent + "  ".join(f"{k} {_text(v)}" for k, v in row.items()))
+        elif isinstance(value, dict) and any(isinstance(v, dict | list) for v in value.values()):
+            print(f"{indent}{name}")
+            show(value, indent + "  ")
+        elif isinstance(value, dict):
+            row = ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+            print(f"{indent}{name:<36}{row}")
+        else:
+            print(f"{indent}{name:<36}{_text(value)}")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--elements", type=int, default=ELEMENTS, help="d, default %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default %(default)s")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--slope", action="store_true", help="cost against bases per block")
+    kinds.add_argument("--parts", action="store_true", help="what the kernels' time is made of")
+    kinds.add_argument("--start-up", action="store_true", help="what compiling costs a process")
+    parser.add_argument("--plot", type=Path, help="with --slope: draw to this PNG or SVG file")
     arguments = parser.parse_args()
-    figures = measure(arguments.elements)
+    of_vector = {"elements": arguments.elements, "dtype": arguments.dtype}
+    if arguments.start_up:
+        figures: dict[str, Any] = start_up()
+    else:
+        check_kernels()
+        kind = slope if arguments.slope else parts if arguments.parts else measure
+        figures = {**of_vector, **kind(**of_vector)}
+    figures |= measured_on()
     if arguments.json:
         print(json.dumps(figures, indent=2))
-        return
-    print_figures(figures)
+    else:
+        show(figures)
+    if arguments.plot and arguments.slope:
+        draw(figures, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a round takes besides local training: Ferret's beside FedAvg's, phase by phase.
+"""Time what a round takes besides local training, phase by phase, beside FedAvg.
 
 Server, strategy, recording and client are the app's own; one node answers in the server's process,
 through the bytes that would cross the wire. A phase's seconds are those of its own, without the
@@ -19,9 +19,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from benchmarks.header import header, header_text
 from benchmarks.plan import flattened, pairs, read_toml
 
-ROOT = Path(__file__).parents[1]
 METHODS = ("ferret", "fedavg")
 TRAIN = "train"
 REST = "Flower and the rest"
@@ -175,7 +175,6 @@ def measure(settings: dict[str, Any]) -> list[dict[str, float]]:
         (folder / "job.json").write_text(json.dumps(settings))
         subprocess.run(
             [sys.executable, "-m", "benchmarks.overhead", "--answer", folder],
-            
             check=True,
         )
         return json.loads((folder / "laps.json").read_text())
@@ -209,7 +208,6 @@ def main() -> None:
         settings = json.loads((options.answer / "job.json").read_text())
         (options.answer / "laps.json").write_text(json.dumps(run(settings, options.answer)))
         return
-    from benchmarks.inputs import hardware
     from ferret_flwr.config import Config, flatten
 
     recipe = flattened(read_toml(options.recipe)) if options.recipe else {}
@@ -221,7 +219,7 @@ def main() -> None:
         laps = measure({"run": flatten(Config()) | own, "nodes": nodes})
         columns |= {f"{method}, round {i}": lap for i, lap in enumerate(laps, start=1)}
     print(show(columns))
-    print(hardware())
+    print(header_text(header(Config().seed)))
 
 
 if __name__ == "__main__":

@@ -355,8 +355,9 @@ def replay(
     """Write float32(base) − Δ̂_1 − Δ̂_2 − ..., rounded to the dtype of ``into``, to ``into``.
 
     These are the parameters w_r of a model that keeps no float32 masters: the same bits as from
-    masters that took one `subtract` after the other. On a GPU each parameter is read once and
-    written once, however many rounds there are; elsewhere one tensor at a time is in float32.
+    masters that took one `subtract` after the other. Each parameter is read once and written once,
+    however many rounds there are; if they are not alike, or tensors are exact, one tensor at a time
+    is in float32.
 
     Parameters
     ----------
@@ -383,10 +384,10 @@ def replay(
     alike = len({(plan.family, plan.blocks) for plan, _ in rounds}) == 1 and not layout.exact
     block_size = _block_size(rounds[0][0]) if alike else WHOLE
     for together, segments in _walks(base, range(len(base)), layout, block_size):
-        if alike and not is_numpy(base[together[0]]):
-            targets = _of(into, together)
+        if alike:
+            kernel, targets = _kernel(rounds[0][0], base[together[0]]), _of(into, together)
             changed = dense(targets)
-            cuda_kernels().replay(dense(_of(base, together)), published, segments, changed)
+            kernel.replay(dense(_of(base, together)), published, segments, changed)
             for array, copy in zip(targets, changed, strict=True):
                 put_back(array, copy)
             continue

@@ -445,3 +445,27 @@ def test_pieces_that_cannot_be_added():
     with pytest.raises(PlanError, match=f"not finite in tensor '{layout.names[1]}'"):
         pieces_of.add(int(layout.offsets[1]), np.full(2, np.nan, np.float32))
     assert not pieces_of.coefficients.any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_half_is_read_and_rounded_to_as_numpy_does(dtype):
+    halves = np.arange(2**16, dtype=np.uint16)
+    if dtype == "float16":
+        halves = halves.view(np.float16)
+    exact = lift(halves)
+    number = np.isfinite(exact)
+    steps = np.sort(np.unique(exact[number]))
+    between = (steps[:-1] / 2 + steps[1:] / 2).astype(np.float32)  # ties to even
+    values = np.concatenate([exact, between, np.nextafter(between, steps[1:])])
+    values = np.concatenate([values, np.float32([65519, 65520, -65520, 1e30, np.inf, -np.inf])])
+    code = {"bfloat16": tiles.BFLOAT16, "float16": tiles.FLOAT16}[dtype]
+    read, written = np.empty_like(exact), np.empty(values.size, halves.dtype)
+    tiles.load(read, halves.ctypes.data, code, halves.size)
+    tiles.store(written.ctypes.data, code, values, values.size)
+    np.testing.assert_array_equal(bits(read[number]), bits(exact[number]))
+    np.testing.assert_array_equal(np.isnan(read), np.isnan(exact))
+    is_number = ~np.isnan(values)
+    with np.errstate(over="ignore"):
+        expected = lower(values[is_number], dtype)
+    np.testing.assert_array_equal(bits(written[is_number]), bits(expected))
+    assert np.isnan(lift(written[~is_number])).all()
