@@ -83,8 +83,9 @@ def nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused() -> None:
-    with pytest.raises(SystemExit, match="not timed: the kernels disagree with the reference"):
-        kernels.measure(2000)
+    for kind in (kernels.measure, kernels.slope, kernels.parts):
+        with pytest.raises(SystemExit, match="not timed: the kernels disagree with the reference"):
+            kind(2000, "float32")
     with pytest.raises(SystemExit, match="not timed"):
         growth.measure(growth.QUICK)
 
