@@ -61,8 +61,12 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     by_bits.set(xlabel="bits a coefficient", ylabel="held-out loss after 6 rounds")
     by_bits.set_xticks(list(BITS.values()))
     by_bits.legend(frameon=False)
-    by_bytes.set(xlabel="bytes that a node sends in a round", xscale="log")
+    by_bytes.set(xlabel="what a node sends in a round", xscale="log")
+    by_bytes.set_xticks([1000 * 4**i for i in range(4)], [f"{4**i} kB" for i in range(4)])
     for axis in (by_bits, by_bytes):
+        axis.set(yscale="log")
+        axis.set_yticks([0.5, 1, 2, 5], ["0.5", "1", "2", "5"])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     figure.tight_layout()
     save(figure, path)

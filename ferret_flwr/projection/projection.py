@@ -40,6 +40,7 @@ from ferret_flwr.projection.layout import Layout, LayoutError
 from ferret_flwr.projection.plan import PlanError, RoundPlan
 
 WHOLE = 2**62  # a block that no model fills
+DIFFERENCE = 2**16  # elements that are subtracted at a time
 ELEMENTS_PER_THREAD = 2**19  # of a piece; waking a thread for fewer costs more than it saves
 
 
@@ -418,15 +419,45 @@ def fidelity(
     """
     coefficients = _published(projected * plan.unbiased_scale(), plan)
     inner = float(coefficients.astype(np.float64) @ projected)  # <Δ̂, Δ> = <c, γ>
+    known = _square_of_signs(coefficients, plan)
     squares = np.zeros(2)  # of Δ and Δ̂
     for tensor, (old, new) in enumerate(zip(before, after, strict=True)):
         if layout.counts(tensor):
-            delta = as_float32(old).reshape(-1) - as_float32(new).reshape(-1)
-            update = zeros(len(delta), old)
-            _subtract_tensor(update, tensor, layout, plan, coefficients)
-            squares += float(delta @ delta), float(update @ update)
-    length = math.sqrt(np.prod(layout.add_up(squares)))
+            squares[0] += _square_of_difference(old, new)
+            if known is None:
+                update = zeros(old.size if is_numpy(old) else old.numel(), old)
+                _subtract_tensor(update, tensor, layout, plan, coefficients)
+                squares[1] += float(update @ update)
+    total, hat = layout.add_up(squares)
+    length = math.sqrt(total * (hat if known is None else known))
     return inner / length if length else 0.0
+
+
+def _square_of_signs(coefficients: np.ndarray, plan: RoundPlan) -> float | None:
+    """Return ‖Δ̂‖² if it takes no basis to know: each element is ± the number of its block."""
+    if plan.family != "rademacher" or plan.counts.max() > 1:
+        return None
+    squares = np.square(coefficients, dtype=np.float64)
+    ours, exact = squares[: plan.num_bases], squares[plan.num_bases :].sum()
+    if not plan.interleaved:
+        return float(ours @ plan.blocks.lengths + exact)
+    rows, rest = divmod(plan.blocks.size, plan.num_bases)
+    row = np.zeros(rest, dtype=np.float32)  # the last one, whose blocks are the round's choice
+    if rest:
+        segments = Segments.of_piece(rows * plan.num_bases, rest, WHOLE)
+        cpu_interleaved.subtract([row], coefficients[: plan.num_bases], segments, plan)
+    return float(rows * ours.sum() + np.square(row, dtype=np.float64).sum() + exact)
+
+
+def _square_of_difference(old: Array, new: Array) -> float:
+    """Return ‖old − new‖², a cache of memory at a time."""
+    old, new = old.reshape(-1), new.reshape(-1)
+    step, total = DIFFERENCE if is_numpy(old) else len(old) or 1, 0.0
+    for first in range(0, len(old), step):
+        piece = slice(first, first + step)
+        delta = as_float32(old[piece]) - as_float32(new[piece])
+        total += float(delta @ delta)
+    return total
 
 
 def fingerprint(arrays: Sequence[Array], layout: Layout) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numba
 import numpy as np
@@ -345,11 +346,14 @@ def test_reconstruct_yields_the_tensors_of_the_reference(case, family):
     np.testing.assert_array_equal(join(updates), reference.reconstruct(c, plan))
 
 
-@pytest.mark.parametrize("case", ["tensors across blocks", "tensors dealt out"])
+@pytest.mark.parametrize("one_each", [False, True])
+@pytest.mark.parametrize("case", ["tensors across blocks", "tensors dealt out", "prime dealt out"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fidelity_is_the_cosine_of_update_and_reconstruction(case, family, dtype):
+def test_fidelity_is_the_cosine_of_update_and_reconstruction(case, family, dtype, one_each):
     layout, plan = make(case, family)
+    if one_each and not plan.interleaved:
+        plan = replace(plan, bases_per_block=np.ones_like(plan.counts))
     before, after = (lower(numbers(layout.size, s), dtype) for s in (0, 2))
     gamma = projection.project(cut(before, layout), layout, plan, cut(after, layout))
     delta = (lift(before) - lift(after)).astype(np.float64)
