@@ -35,6 +35,12 @@ def no_gpu() -> str:
     return "" if has_triton() else "Triton"
 
 
+def no_meminfo() -> str:
+    """Return what `growth` lacks here to know how much memory is free, "" if nothing."""
+    path = Path("/proc/meminfo")
+    return "" if path.exists() else str(path)
+
+
 def no_smollm2() -> str:
     """Return which files of the recipe for SmolLM2 are not there, "" if all are."""
     return ", ".join(name for name in SMOLLM2 if not (ROOT / name).exists())
@@ -59,7 +65,7 @@ class Benchmark:
 BENCHMARKS = {
     "kernels": Benchmark(),
     "kernels_cuda": Benchmark(missing=no_gpu),
-    "growth": Benchmark(("--plot", "{folder}/growth.png")),
+    "growth": Benchmark(("--plot", "{folder}/growth.png"), no_meminfo),
     "scale": Benchmark(("--plot", "{folder}/scale.png")),
     "message": Benchmark(),
     "overhead": Benchmark(("--recipe", "examples/gsm8k-smollm2.toml"), no_smollm2),
@@ -69,9 +75,7 @@ BENCHMARKS = {
     "one_round": Benchmark(
         ("--recipe", "examples/gsm8k-smollm2.toml", "--output", "{folder}/one-round"), no_smollm2
     ),
-    "number_format": Benchmark(
-        ("--output", "{folder}/number-format", "--plot", "{folder}/number-format.png")
-    ),
+    "number_format": Benchmark(("--output", "{folder}/number-format")),
     "curves": Benchmark(missing=lambda: "the folders of finished runs"),
     "compare": Benchmark(("benchmarks/plans/builtin.toml", "--output", "{folder}/builtin")),
 }

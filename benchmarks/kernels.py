@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def contiguous(elements: int, blocks: int, bases: int, family: str) -> RoundPlan
 
 
 def check_kernels(device: str = "", sizes: Sequence[int] = CHECKED) -> None:
-    """Compare every kernel with the reference on small cases, in float32 and bfloat16.
+    """Compare every kernel with the reference on small cases, in each type of parameters.
 
     Parameters
     ----------
@@ -123,7 +124,7 @@ def _disagreements(plan: RoundPlan, device: str, sizes: Sequence[int]) -> Iterat
         gamma = reference.project(delta.numpy(), plan)
         return np.allclose(projected, gamma, rtol=0, atol=1e-4 * np.abs(gamma).max())
 
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model, other = held(vector.to(dtype)), held(torch.zeros_like(vector, dtype=dtype))
         before = vector.to(dtype).float()
         after = (before - first - second).to(dtype)
@@ -267,12 +268,14 @@ def parts(elements: int, dtype: str) -> dict[str, Any]:
     dealt = interleaved(elements, BASES, "rademacher")
     cut = contiguous(elements, BASES, 1, "rademacher")
     c = np.full(BASES, 1e-30, dtype=np.float32)
-    array, turns = [whole[:LARGEST].copy()], dict[str, Callable[[], Any]]()
-    turns["copy"] = lambda: other.copy_(vector)
-    turns["read only (torch.sum)"] = lambda: vector.sum()
+    cached = [whole[:LARGEST].copy()]  # read by all threads, so only a projection can have it
+    turns: dict[str, Callable[[], Any]] = {
+        "copy": lambda: other.copy_(vector),
+        "read only (torch.sum)": vector.sum,
+    }
     for name, kernel, plan in (("interleaved", cpu_interleaved, dealt), ("contiguous", cpu, cut)):
         block = elements if plan.interleaved else plan.blocks.block_size
-        segments = Segments.of(np.array([0, elements]), block)
+        segments = Segments.of_piece(0, elements, block)
         same = Segments(
             segments.start,
             segments.length,
@@ -280,17 +283,13 @@ def parts(elements: int, dtype: str) -> dict[str, Any]:
             segments.block,
             np.where(segments.within + segments.length > LARGEST, 0, segments.within),
         )
-        for where, data, walk in (("", [whole], segments), (", in cache", array, same)):
-            turns[f"project, {name}{where}"] = (
-                lambda kernel=kernel, data=data, walk=walk, plan=plan: kernel.project(
-                    data, None, walk, plan
-                )
-            )
-            turns[f"reconstruct, {name}{where}"] = (
-                lambda kernel=kernel, data=data, walk=walk, plan=plan: kernel.replay(
-                    data, [(plan, c[: plan.num_bases])], walk, data
-                )
-            )
+        turns |= {
+            f"project, {name}": partial(kernel.project, [whole], None, segments, plan),
+            f"project, {name}, in cache": partial(kernel.project, cached, None, same, plan),
+            f"reconstruct, {name}": partial(
+                kernel.subtract, [whole], c[: plan.num_bases], segments, plan
+            ),
+        }
     taken = in_turns(turns)
     return {
         name: {

@@ -92,13 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--coefficients", type=int, nargs="+", default=COEFFICIENTS, metavar="K")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], metavar="N")
     parser.add_argument("--output", type=Path, default=Path("results/number-format"))
-    parser.add_argument("--plot", type=Path, default=Path("docs/number-format.png"))
+    parser.add_argument("--plot", type=Path, help="default: loss.png in the output folder")
     options = parser.parse_args(arguments)
     try:
         outcomes = compare(plan(options.coefficients, options.seeds), options.output)
     except ConfigError as error:
         parser.error(str(error))
-    plot(outcomes, options.plot)
+    plot(outcomes, options.plot or options.output / "loss.png")
     print(table(outcomes))
     return 0 if all(outcome.good for outcome in outcomes) else 1
 

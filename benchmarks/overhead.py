@@ -114,7 +114,7 @@ def unpack(content: bytes) -> Any:
     return recorddict_from_proto(RecordDict.FromString(content))
 
 
-def run(settings: dict[str, Any], folder: Path) -> list[dict[str, float]]:
+def rounds(settings: dict[str, Any], folder: Path) -> list[dict[str, float]]:
     """Be the process: run the rounds, and return the seconds of each."""
     import benchmarks.overhead as here  # not __main__, in which nothing is watched
 
@@ -191,8 +191,7 @@ def show(columns: dict[str, dict[str, float]]) -> str:
     beyond = [sum(c.values()) - c[TRAIN] for c in columns.values()]
     lines.append(f"{'all but training':<28}" + "".join(f"{s:>18.3f}" for s in beyond))
     trained = [c[TRAIN] for name, c in columns.items() if name.startswith("fedavg")]
-    usual = sum(trained) / len(trained)
-    shares = "".join(f"{s / usual:>17.1%} " for s in beyond)
+    shares = "".join(f"{s / min(trained):>17.1%} " for s in beyond)
     return "\n".join([*lines, f"{'of training by FedAvg':<28}{shares}"])
 
 
@@ -206,7 +205,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.answer:
         settings = json.loads((options.answer / "job.json").read_text())
-        (options.answer / "laps.json").write_text(json.dumps(run(settings, options.answer)))
+        (options.answer / "laps.json").write_text(json.dumps(rounds(settings, options.answer)))
         return
     from ferret_flwr.config import Config, flatten
 

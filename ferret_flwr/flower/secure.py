@@ -40,6 +40,7 @@ MARGIN = 32.0  # over the root mean square of what one node may send; 22 bits le
 WIDER = 16.0  # after a round that was not published
 LEVELS = 2**22
 HALTED = "too few nodes stayed to its end"
+ALONE = "a mask takes at least two nodes, asked were {}"
 MOST_NODES = 2**32 // LEVELS - 1  # whose sum does not wrap around
 
 
@@ -112,6 +113,7 @@ class Unmasked(FedAvg):
         """Keep it."""
         super().__init__()
         self.recorded = recorded
+        self.asked = 0
         self.ended = False  # whether the round came as far as the mean
         self.result: tuple[Parameters | None, dict[str, Scalar]] = (None, {})
 
@@ -120,10 +122,11 @@ class Unmasked(FedAvg):
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Return the requests for proxies that have a node id; refuse more than can be summed."""
         chosen = self.recorded.configure_fit(server_round, parameters, client_manager)
-        if len(chosen) > MOST_NODES:
+        self.asked = len(chosen)
+        if self.asked > MOST_NODES:
             raise ConfigError(
                 f"'privacy.secure-aggregation' takes at most {MOST_NODES} nodes a round, got "
-                f"{len(chosen)}: lower 'strategy.fraction-train'"
+                f"{self.asked}: lower 'strategy.fraction-train'"
             )
         return [(c.proxy if isinstance(c, Weighed) else c, request) for c, request in chosen]
 
@@ -219,8 +222,9 @@ class SecureServer(RecordingServer):
         grid = WeighedGrid(proxies[0].grid, self.recorded.weigh)  # type: ignore[attr-defined]
         workflow(grid, context)  # type: ignore[arg-type]
         if not strategy.ended:
-            log.error("round %d: %s", server_round, HALTED)
-            self.recorded.row |= {"nodes": 0, "failures": [HALTED]}
+            reason = HALTED if strategy.asked > 1 else ALONE.format(strategy.asked)
+            log.error("round %d: %s", server_round, reason)
+            self.recorded.row |= {"nodes": 0, "failures": [reason]}
         after = self.ferret.ledger
         published = after is not None and len(after) > len(ledger)
         self._wider = 1.0 if published else self._wider * WIDER

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from functools import lru_cache
 
 import numpy as np
@@ -56,7 +57,7 @@ class FedKSeed(Method):
             k, int32 and ĝ, float32, of each step; and the mean of both losses over the steps.
         """
         epsilon = self.config.zeroth_order.epsilon
-        walk = Walk(node, round, [array.copy() for array in self._rebuilt(state)])
+        walk = Walk(node, round, deepcopy(self._rebuilt(state)))
         drawn_seeds = self._draw(self._probabilities(state), node.partition_id, round)
         scalars = np.zeros(len(drawn_seeds), dtype=np.float32)
         losses = []

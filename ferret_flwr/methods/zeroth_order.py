@@ -110,7 +110,7 @@ class Walk:
             step_along(as_arrays(parameters.values()), layout, seed, -length)
         else:
             bases = direction(layout, seed)
-            moves = reconstruct(np.array([length]), layout, bases, self.masters[0])
+            moves = reconstruct(np.array([length]), layout, bases, self.masters)
             pairs = zip(self.masters, moves, strict=True)
             load_masters(parameters, (m + move.reshape(m.shape) for m, move in pairs))
 

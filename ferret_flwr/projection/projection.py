@@ -44,7 +44,7 @@ DIFFERENCE = 2**16  # elements that are subtracted at a time
 ELEMENTS_PER_THREAD = 2**19  # of a piece; waking a thread for fewer costs more than it saves
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)  # two for each device
 def _segments(layout: Layout, tensors: tuple[int, ...], block_size: int) -> Segments:
     return Segments.of_pieces(layout.here[list(tensors)], block_size)
 
@@ -90,15 +90,15 @@ def _check(
     """Check sizes, dtypes (any projectable one unless given), and that each lies ``beside`` one."""
     layout.check(arrays)
     for tensor, (name, array) in enumerate(zip(layout.names, arrays, strict=True)):
-        place = _place(array)
-        if place.endswith(" meta"):
+        if not is_numpy(array) and array.is_meta:
             raise LayoutError(
                 f"tensor '{name}' is not in memory: it was offloaded, or never loaded; every "
                 "tensor must lie on a GPU or with the processor"
             )
-        if beside is not None and place != _place(beside[tensor]):
+        if beside is not None and _place(array) != _place(beside[tensor]):
             raise LayoutError(
-                f"tensor '{name}' must be a {_place(beside[tensor])} as before, got a {place}"
+                f"tensor '{name}' must be a {_place(beside[tensor])} as before, got a "
+                f"{_place(array)}"
             )
         allowed = dtypes or projectable(array)
         if dtype_name(array) not in allowed:
@@ -332,17 +332,20 @@ def _check_writable(arrays: Sequence[Array], layout: Layout) -> None:
 
 
 def reconstruct(
-    coefficients: np.ndarray, layout: Layout, plan: RoundPlan, like: Array | None = None
+    coefficients: np.ndarray,
+    layout: Layout,
+    plan: RoundPlan,
+    like: Sequence[Array] | None = None,
 ) -> Iterator[Array]:
     """Yield the reconstruction Δ̂ tensor by tensor, flat, in float32 (paper, Eq. 7).
 
-    As NumPy arrays, or as tensors on the device of ``like`` if that is one; of a sharded model what
-    lies here. See `subtract` for the other arguments and the errors.
+    As NumPy arrays, or each as a tensor on the device of its tensor of ``like``; of a sharded model
+    what lies here. See `subtract` for the other arguments and the errors.
     """
     _check_plan(layout, plan)
     negated = -_published(coefficients, plan)
     for tensor, (start, stop) in enumerate(layout.here.tolist()):
-        update = zeros(stop - start, like)
+        update = zeros(stop - start, None if like is None else like[tensor])
         _subtract_tensor(update, tensor, layout, plan, negated)
         yield update
 

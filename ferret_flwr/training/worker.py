@@ -146,7 +146,7 @@ def _place(model: torch.nn.Module, device: str) -> None:
             _balance(model)
         else:
             model.to(device)
-    except (RuntimeError, AssertionError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"'model.device' = {device!r} cannot be used: {reason}") from error
 
@@ -156,10 +156,13 @@ def _balance(model: torch.nn.Module) -> None:
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
+    if not torch.cuda.is_available():
+        model.to("cpu")
+        return
     kept = list(getattr(model, "_no_split_modules", None) or ())
     memory = get_balanced_memory(model, no_split_module_classes=kept)
     where = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=kept)
-    if torch.cuda.is_available() and (left := {n for n, at in where.items() if at in OFFLOADED}):
+    if left := {n for n, at in where.items() if at in OFFLOADED}:
         raise RuntimeError(f"the GPUs have no room for {', '.join(sorted(left))}")
     dispatch_model(model, where)
 

@@ -191,6 +191,12 @@ def test_too_many_leave_and_nothing_is_published(scene: Scene) -> None:
     assert scene.rows[1]["nodes"] == 0 and scene.rows[1]["failures"] == [HALTED]
 
 
+def test_a_round_of_one_node_says_so(scene: Scene) -> None:
+    scene.federation.proxies = scene.federation.proxies[:1]
+    assert len(scene.run(1)) == 0
+    assert scene.rows[1]["failures"] == ["a mask takes at least two nodes, asked were 1"]
+
+
 def test_more_nodes_than_can_be_summed_are_refused(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:

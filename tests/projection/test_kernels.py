@@ -7,6 +7,7 @@ from dataclasses import replace
 import numba
 import numpy as np
 import pytest
+import torch
 
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.families import FAMILIES
@@ -473,3 +474,16 @@ def test_every_half_is_read_and_rounded_to_as_numpy_does(dtype):
         expected = lower(values[is_number], dtype)
     np.testing.assert_array_equal(bits(written[is_number]), bits(expected))
     assert np.isnan(lift(written[~is_number])).all()
+
+
+def test_the_smallest_halves_survive_where_the_smallest_float32_are_flushed():
+    halves = np.arange(1, 1024, dtype=np.uint16).view(np.float16)
+    read = np.empty(halves.size, dtype=np.float32)
+    flushes = torch.set_flush_denormal(True)
+    try:
+        tiles.load(read, halves.ctypes.data, tiles.FLOAT16, halves.size)
+    finally:
+        torch.set_flush_denormal(False)
+    if not flushes:
+        pytest.skip("this processor flushes nothing")
+    np.testing.assert_array_equal(read, halves.astype(np.float32))

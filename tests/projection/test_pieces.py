@@ -104,7 +104,7 @@ def test_pieces_are_reconstructed_where_they_lie(put, exact, kind):
         projection.replay(expected, layout, [(plan, c), (plan, c / 3)], expected)
         for ours, theirs in zip(host(again), of(expected, part), strict=True):
             assert ours.tobytes() == theirs.tobytes()
-        updates = projection.reconstruct(c, part, plan, like=here[0])
+        updates = projection.reconstruct(c, part, plan, like=here)
         for ours, theirs in zip(
             host(updates), of(list(projection.reconstruct(c, layout, plan)), part), strict=True
         ):

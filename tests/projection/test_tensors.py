@@ -74,7 +74,7 @@ def test_reconstructions_have_the_bits_of_arrays(device, kind, family):
         bits(array(t)).tolist() == bits(a).tolist() for t, a in zip(held, arrays, strict=True)
     )
     assert projection.fingerprint(held, LAYOUT) == projection.fingerprint(arrays, LAYOUT)
-    updates = list(projection.reconstruct(c, LAYOUT, plan, like=held[0]))
+    updates = list(projection.reconstruct(c, LAYOUT, plan, like=held))
     assert all(isinstance(update, torch.Tensor) for update in updates)
     np.testing.assert_array_equal(join(map(array, updates)), reference.reconstruct(c, plan))
 

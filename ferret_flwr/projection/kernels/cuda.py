@@ -59,7 +59,7 @@ def _send(array: Any, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)  # two for each GPU
 def _rows(segments: Segments, device: torch.device, num_blocks: int = 0) -> torch.Tensor:
     """Return what a kernel knows of each segment, see `cuda_kernels`: int64, ``(S, 6)``.
 

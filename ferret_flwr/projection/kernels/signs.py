@@ -67,7 +67,7 @@ def signed_dot(typingctx, x, words, count):  # type: ignore[no-untyped-def]
 def _signed_run(builder, words, first, count, body):  # type: ignore[no-untyped-def]
     """Emit ``body`` as `for_lanes` does, with what takes signs from behind ``words``.
 
-    They are the bits from ``first`` on; up to 7 bytes behind the last one are read.
+    They are the bits from ``first`` on; up to 8 bytes behind the last one are read.
     """
     first_byte = builder.add(words, builder.lshr(first, LONG(3)))
     shift = builder.and_(first, LONG(7))

@@ -127,10 +127,13 @@ def itemsize(dtype):  # type: ignore[no-untyped-def]
 @jit
 def _from_float16(bits):  # type: ignore[no-untyped-def]
     """Return the float32 that the bits of a float16 stand for."""
-    size = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13))
-    value = size.view(np.float32) * np.float32(2.0**112)  # the difference of the exponents' biases
-    if size >= np.uint32(0x0F800000):  # infinite, or not a number
-        value = np.uint32(size | np.uint32(0x7F800000)).view(np.float32)
+    half = np.uint32(bits & np.uint32(0x7FFF))
+    if half < np.uint32(0x0400):  # of no exponent; as a float32 it has one, and is never flushed
+        value = np.float32(half) * np.float32(2.0**-24)
+    elif half < np.uint32(0x7C00):  # the exponents' biases differ by 112
+        value = np.uint32((half << np.uint32(13)) + np.uint32(0x38000000)).view(np.float32)
+    else:  # infinite, or not a number
+        value = np.uint32((half << np.uint32(13)) | np.uint32(0x7F800000)).view(np.float32)
     return -value if bits & np.uint32(0x8000) else value
 
 
