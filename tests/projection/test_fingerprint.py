@@ -27,7 +27,7 @@ def test_equals_the_reference_for_any_threads(threads):
 
 @pytest.mark.parametrize("largest", [1, 100, 2**16])
 def test_does_not_depend_on_how_the_work_is_cut(threads, largest):
-    segments = Segments.of(LAYOUT.offsets, 2**62, largest)
+    segments = Segments.of_pieces(LAYOUT.here, 2**62, largest)
     assert cpu.fingerprint(_cut(VECTOR), segments) == reference.fingerprint(VECTOR)
 
 

@@ -102,7 +102,7 @@ def make(case, family, seed=5):
 def pieces(layout, plan, largest=2**16):
     """Return the segments that a kernel for ``plan`` walks."""
     size = layout.size if plan.interleaved else plan.blocks.block_size
-    return Segments.of(layout.offsets, size, largest)
+    return Segments.of_pieces(layout.here, size, largest)
 
 
 def kernel_for(kernel, plan):
@@ -383,7 +383,7 @@ def test_negative_zeros_survive():
 def test_segments_cover_every_index_once_and_cross_no_cut(case, largest):
     layout, plan = make(case, "rademacher")
     block_size = plan.blocks.block_size
-    segments = Segments.of(layout.offsets, block_size, largest)
+    segments = Segments.of_pieces(layout.here, block_size, largest)
     stop = segments.start + segments.length
     assert segments.start[0] == 0
     assert stop[-1] == layout.size
@@ -396,7 +396,7 @@ def test_segments_cover_every_index_once_and_cross_no_cut(case, largest):
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 50])
 def test_segments_are_divided_evenly(parts):
-    segments = Segments.of(np.array([0, 10_000]), 512, largest=128)
+    segments = Segments.of_piece(0, 10_000, 512, largest=128)
     cost = np.random.default_rng(0).integers(1, 100, len(segments.start))
     bounds = segments.divide(cost, parts)
     assert bounds[0] == 0

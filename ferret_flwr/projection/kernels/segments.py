@@ -30,17 +30,6 @@ class Segments:
     within: np.ndarray
 
     @classmethod
-    def of(cls, offsets: np.ndarray, block_size: int, largest: int = LARGEST) -> Segments:
-        """Cut at every tensor's offset, every block's start, and every ``largest`` elements."""
-        size = int(offsets[-1])
-        cuts = np.unique(
-            np.concatenate([offsets, np.arange(0, size, block_size), np.arange(0, size, largest)])
-        )
-        start, stop = cuts[:-1], cuts[1:]
-        tensor = np.searchsorted(offsets, start, side="right") - 1
-        return cls(start, stop - start, tensor, start // block_size, start - offsets[tensor])
-
-    @classmethod
     def of_piece(
         cls, start: int, size: int, block_size: int, largest: int = LARGEST, tensor: int = 0
     ) -> Segments:
@@ -53,10 +42,10 @@ class Segments:
         return cls(first, np.diff(cuts), which, first // block_size, first - start)
 
     @classmethod
-    def of_pieces(cls, bounds: np.ndarray, block_size: int) -> Segments:
+    def of_pieces(cls, bounds: np.ndarray, block_size: int, largest: int = LARGEST) -> Segments:
         """Cut the elements from ``bounds[i, 0]`` to before ``bounds[i, 1]`` of each array i."""
         cut = [
-            cls.of_piece(start, stop - start, block_size, tensor=tensor)
+            cls.of_piece(start, stop - start, block_size, largest, tensor)
             for tensor, (start, stop) in enumerate(bounds.tolist())
         ]
         return cls(*(np.concatenate([getattr(s, f.name) for s in cut]) for f in fields(cls)))
