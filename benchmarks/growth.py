@@ -10,8 +10,8 @@ Each sweep varies one number. What is expected follows from what the code does w
 - a replay takes every round off all parameters and fingerprints them once; a snapshot is read and
   fingerprinted, whatever the number of rounds it stands for.
 
-Nothing is fitted: a line of one term goes through the middle point, a line of two through the first
-and the last, and says where the other points should be. Seconds are medians of some turns, as
+Nothing is fitted: a line of one term has half the points above, a line of two goes through the
+first and the last, and says where the other points should be. Seconds are medians of some turns, as
 many as a time limit allows, of the wall clock; the server's are the processor's, as in
 `benchmarks.scale`. Parameters are changed in place, so d of them take 4 d bytes and little more;
 sizes that do not fit into the memory that is free give way to the largest that does.

@@ -49,7 +49,8 @@ class Work:
 class Curve:
     """Measured seconds, and the line that they are expected on.
 
-    The line of one term goes through the middle point, that of two through the first and the last.
+    The line of one term has half of the points above, that of two goes through the first and the
+    last.
 
     Attributes
     ----------
@@ -68,9 +69,12 @@ class Curve:
     def expected(self, x: Sequence[float]) -> np.ndarray:
         """Return the line's seconds at each of ``x``."""
         terms = self.work.terms
-        anchors = [len(self.x) // 2] if len(terms) == 1 else [0, len(self.x) - 1]
-        values = [[term(self.x[i]) for term in terms] for i in anchors]
-        factors = np.linalg.lstsq(np.array(values), [self.seconds[i] for i in anchors])[0]
+        values = np.array([[term(point) for term in terms] for point in self.x])
+        if len(terms) == 1:
+            factors = np.median(np.array(self.seconds) / values[:, 0], keepdims=True)
+        else:
+            ends = [0, -1]
+            factors = np.linalg.lstsq(values[ends], np.array(self.seconds)[ends])[0]
         return np.array([[term(point) for term in terms] for point in x]) @ factors
 
     @property
