@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from flwr.app import Context
 from flwr.client import NumPyClient
 from flwr.common import NDArrays, Scalar
 
+from ferret_flwr.config import ConfigError
 from ferret_flwr.flower.client import FerretClient
 from ferret_flwr.flower.late import failure
 from ferret_flwr.flower.site import Site
@@ -26,15 +27,13 @@ from ferret_flwr.flower.site import Site
 Metrics = dict[str, Scalar]
 Make = Callable[[Context], FerretClient]
 
-SECONDS = 0.1  # between looks at the processes
-
 
 class ShardedClient(NumPyClient):
     """A Flower client that hands each message to processes of its own, which answer together.
 
     They are started for the message and end with it, as the process of a ClientApp does. All do
     the same with their part of the model; if one fails, the others are ended, and the answer is
-    its error.
+    its error. Each has a copy of ``context``: what is written to its state is lost.
 
     Parameters
     ----------
@@ -45,10 +44,17 @@ class ShardedClient(NumPyClient):
         What Flower hands to ``client_fn``; ``make`` gets it.
     processes
         How many; with GPUs, the n-th uses the n-th.
+
+    Raises
+    ------
+    ConfigError
+        If ``processes`` is below 1, or the node-config has no ``partition-id``.
     """
 
     def __init__(self, make: Make, context: Context, processes: int) -> None:
         """Start nothing yet."""
+        if processes < 1:
+            raise ConfigError(f"'processes' of a ShardedClient must be at least 1, got {processes}")
         self.make = make
         self.context = context
         self.processes = processes
@@ -72,44 +78,39 @@ class ShardedClient(NumPyClient):
 
     def _answer(self, method: str, *arguments: Any) -> Any:
         """Return the answer of the first process, or the first error of any."""
-        answers: list[tuple[float, Any]] = []
-        queue = mp.get_context("spawn").SimpleQueue()
-        with tempfile.TemporaryDirectory() as folder:
-            job = self, folder, queue, method, arguments
-            running = mp.spawn(_run, job, self.processes, join=False)
+        with tempfile.TemporaryDirectory() as name:  # for this account alone
+            folder = Path(name)
             try:
-                while not running.join(timeout=SECONDS):
-                    _receive(queue, answers)
-                _receive(queue, answers)
-            except mp.ProcessExitedException as error:
-                _receive(queue, answers)
-                if not answers:
+                mp.spawn(_run, (self, folder, method, arguments), self.processes)
+                answers = _read(folder, "answer")
+                if len(answers) < self.processes:
+                    raise RuntimeError(f"{len(answers)} of {self.processes} processes answered")
+                return answers[0][1]
+            except Exception as error:
+                errors = _read(folder, "error")
+                if not errors:
                     return failure(error, self.partition_id)
-        return min(answers, key=lambda answer: answer[0])[1]
+                return min(errors, key=lambda found: found[0])[1]
 
 
-def _receive(queue: SimpleQueue, answers: list[tuple[float, Any]]) -> None:
-    while not queue.empty():
-        answers.append(queue.get())
+def _read(folder: Path, kind: str) -> list[tuple[float, Any]]:
+    """Return what the processes have left, that of the first one first, each with its time."""
+    return [pickle.loads(path.read_bytes()) for path in sorted(folder.glob(f"*.{kind}"))]
 
 
 def _run(
-    rank: int,
-    client: ShardedClient,
-    folder: str,
-    queue: SimpleQueue,
-    method: str,
-    arguments: tuple[Any, ...],
+    rank: int, client: ShardedClient, folder: Path, method: str, arguments: tuple[Any, ...]
 ) -> None:
     """Answer a message together with the other processes."""
     try:
-        _join(rank, client.processes, Path(folder))
+        _join(rank, client.processes, folder)
         answer = getattr(client.make(client.context), method)(*arguments)
     except Exception as error:
         answer = failure(error, client.partition_id)
     failed = "error" in (answer if isinstance(answer, dict) else answer[-1])
-    if failed or rank == 0:
-        queue.put((time.monotonic(), answer))  # of the machine: which error came first
+    path = folder / f"{rank}.part"
+    path.write_bytes(pickle.dumps((time.monotonic(), answer)))  # the time is the machine's
+    path.rename(path.with_suffix(".error" if failed else ".answer"))  # so nobody finds half of it
     if failed:
         sys.exit(1)
     dist.destroy_process_group()
@@ -121,7 +122,7 @@ def _join(rank: int, processes: int, folder: Path) -> None:
         os.environ[key] = str(rank)
     for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         os.environ[key] = str(processes)
-    if sys.platform == "linux":  # nobody else can reach it
+    if sys.platform == "linux":  # no other machine can reach it
         for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(key, "lo")
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))

@@ -199,7 +199,10 @@ class Projection:
         _check_plan(layout, plan)
         if layout.exact or layout.pieces:
             which = "with exact tensors" if layout.exact else "of a sharded model"
-            raise LayoutError(f"an update {which} cannot come in pieces")
+            raise LayoutError(
+                f"an update {which} cannot come in pieces, as lean memory has it: use "
+                "'train.memory' = 'standard'"
+            )
         self.layout = layout
         self.plan = plan
         self.coefficients = np.zeros(plan.num_coefficients, dtype=np.float64)

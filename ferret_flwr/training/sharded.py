@@ -7,7 +7,7 @@ fingerprints. ``torch.distributed.fsdp.fully_shard`` makes such models.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any, TypeVar
 
@@ -75,7 +75,7 @@ def layout_of(model: torch.nn.Module) -> Layout:
     for number, (name, parameter) in enumerate(parameters.items()):
         sharded = _sharded_dimension(name, parameter)
         first.append(0 if sharded is None else int(before[sharded][number]))
-        counted.append(not any(r for dim, r in enumerate(rank) if dim != sharded))
+        counted.append(_counts(rank, sharded))
 
     def add_up(array: np.ndarray) -> np.ndarray:
         for dim in range(mesh.ndim):
@@ -94,12 +94,22 @@ def layout_of(model: torch.nn.Module) -> Layout:
     return Layout(whole.names, whole.shapes, pieces=pieces)
 
 
+def _counts(rank: Sequence[int], sharded: int | None) -> bool:
+    """Return whether the process at ``rank`` is the first of those that hold the same elements."""
+    return not any(at for dim, at in enumerate(rank) if dim != sharded)
+
+
 def _gathered(array: np.ndarray, mesh: DeviceMesh, dim: int) -> list[np.ndarray]:
-    """Return the arrays of all processes along a dimension of ``mesh``, by rank."""
+    """Return the arrays of all processes along a dimension of ``mesh``, by rank.
+
+    They have one shape, and a dtype of eight bytes. Sockets authenticate nobody, so what comes is
+    taken for numbers: ``all_gather_object`` would unpickle it.
+    """
     group = mesh.get_group(dim)
-    arrays: list[np.ndarray] = [array] * dist.get_world_size(group)
-    dist.all_gather_object(arrays, array, group=group)
-    return arrays
+    here = torch.from_numpy(array.view(np.int64)).to(mesh.device_type)
+    tensors = [torch.empty_like(here) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(tensors, here, group=group)
+    return [tensor.cpu().numpy().view(array.dtype) for tensor in tensors]
 
 
 def _sharded_dimension(name: str, parameter: torch.Tensor) -> int | None:

@@ -141,7 +141,7 @@ def test_a_piece_of_another_size_is_named():
     here = of(cut(numbers(layout.size), layout), part)
     with pytest.raises(LayoutError, match=r"'norm' must have 17 elements, here of shape \(33,\)"):
         projection.project([*here[:2], here[2][1:], *here[3:]], part, plan)
-    with pytest.raises(LayoutError, match="of a sharded model cannot come in pieces"):
+    with pytest.raises(LayoutError, match="of a sharded model .*: use 'train.memory' = 'st"):
         projection.Projection(part, plan)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ferret_flwr.projection.layout import Layout
+from ferret_flwr.training.sharded import _counts
 from ferret_flwr.training.tensors import trainable_parameters
 from tests.sharded import work
 from tests.sharded.model import Tied
@@ -96,6 +97,33 @@ def test_replicas_count_once(sharded, one_thread):
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
         for i in range(len(layout.names)):
             assert one[f"replicas/w/{i}"].tobytes() == alone[f"w/{i}"].tobytes()
+
+
+@pytest.mark.parametrize("sharded_over", [None, 0, 1])
+def test_each_part_counts_in_one_process_of_a_grid(sharded_over):
+    counted = [
+        None if sharded_over is None else rank[sharded_over]  # which part it holds
+        for rank in np.ndindex(2, 3)
+        if _counts(rank, sharded_over)
+    ]
+    assert counted == {None: [None], 0: [0, 1], 1: [0, 1, 2]}[sharded_over]
+
+
+@pytest.mark.slow
+def test_two_replicas_of_two_shards(tmp_path, one_thread):
+    torch.multiprocessing.spawn(work.in_grid, (4, str(tmp_path)), nprocs=4)
+    model = Tied(torch.float32)
+    layout = Layout.of(trainable_parameters(model))
+    alone = work.found(model, layout)
+    grid = [dict(np.load(tmp_path / f"{rank}.npz")) for rank in range(4)]
+    for one in grid:
+        for name in NAMES:
+            assert one[f"{name}/fingerprint"] == alone[f"{name}/fingerprint"]
+            found, expected = one[f"{name}/gamma"], alone[f"{name}/gamma"]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        assert one["round/fidelity"] == pytest.approx(alone["round/fidelity"], rel=1e-4)
+    embed = layout.names.index("embed.weight")
+    assert [one[f"w/{embed}"].size for one in grid] == [12 * 10, 11 * 10] * 2
 
 
 def test_models_sharded_in_other_ways_are_refused(sharded):

@@ -85,7 +85,6 @@ def run_federation(model: Tied, folder: Path) -> dict[str, np.ndarray]:
     assert replica.fingerprint == clients[1].follower.follow(strategy.ledger).fingerprint
     return {
         "run/fingerprint": np.array(replica.fingerprint),
-        "run/named": np.array(strategy.ledger.fingerprint),
         "run/c": last.coefficients,
         "run/losses": np.array([loss for _, loss in history.losses_distributed]),
     }
@@ -115,14 +114,19 @@ def refusals() -> dict[str, str]:
     return said
 
 
-def in_process(rank: int, processes: int, folder: str) -> None:
-    """Do it as one of several processes."""
-    from ferret_flwr.training.sharded import layout_of
-
+def _join(rank: int, processes: int, folder: str) -> None:
     torch.set_num_threads(1)
     numba.set_num_threads(1)
     rendezvous = Path(folder, "rendezvous").as_uri()
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes)
+    del dist.distributed_c10d._tensor_to_object  # to unpickle what comes over a socket fails
+
+
+def in_process(rank: int, processes: int, folder: str) -> None:
+    """Do it as one of several processes."""
+    from ferret_flwr.training.sharded import layout_of
+
+    _join(rank, processes, folder)
     outcome = {}
     for dtype in DTYPES:
         model = shard(Tied(getattr(torch, dtype)))
@@ -137,4 +141,14 @@ def in_process(rank: int, processes: int, folder: str) -> None:
     outcome |= {f"refused/{k}": np.array(v) for k, v in refusals().items()}
     outcome |= run_federation(shard(Tied(torch.float32)), Path(folder, f"cache-{rank}"))
     np.savez(Path(folder, f"{rank}.npz"), **outcome)
+    dist.destroy_process_group()
+
+
+def in_grid(rank: int, processes: int, folder: str) -> None:
+    """Do it as one of the processes that hold two replicas of the shards."""
+    from ferret_flwr.training.sharded import layout_of
+
+    _join(rank, processes, folder)
+    model = shard(Tied(torch.float32), replicas=2)
+    np.savez(Path(folder, f"{rank}.npz"), **found(model, layout_of(model)))
     dist.destroy_process_group()
