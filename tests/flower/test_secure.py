@@ -193,6 +193,9 @@ def test_too_many_leave_and_nothing_is_published(scene: Scene) -> None:
 
 def test_a_round_of_one_node_says_so(scene: Scene) -> None:
     scene.federation.proxies = scene.federation.proxies[:1]
+    scene.ferret.strategy = FedAvg(
+        fraction_evaluate=0.0, min_fit_clients=1, min_available_clients=1
+    )
     assert len(scene.run(1)) == 0
     assert scene.rows[1]["failures"] == ["a mask takes at least two nodes, asked were 1"]
 
