@@ -96,6 +96,7 @@ class Coordinator:
         self.replica_seconds = 0.0
         self._reached: dict[str, int] = {}  # node -> rounds in its ledger cache
         self._has_base: set[str] = set()  # nodes that have shown it
+        self._heard = False  # whether any node has spoken Ferret's protocol
         self.rows: list[dict[str, Any]] = []
         self._traffic: dict[str, list[int]] = {}  # node -> bytes down, up
 
@@ -202,6 +203,7 @@ class Coordinator:
     def forget(self, node: str, about: Mapping[str, Any]) -> str:
         """Send the whole ledger next time to a node that lacks something; return its name."""
         name = name_of(node, about)
+        self._heard = True
         self.lost(node)
         if about.get("baseless"):
             log.info("%s has no base model yet and gets it", name)
@@ -227,6 +229,7 @@ class Coordinator:
 
     def reached(self, node: str, about: Mapping[str, Any]) -> None:
         """Note that ``node`` has the base, and how many rounds it says it keeps."""
+        self._heard = True
         self._has_base.add(node)
         self._reached[node] = cached_rounds(about, len(self.known()))
 
@@ -267,6 +270,8 @@ class Coordinator:
                 )
         if not accepted:
             log.error("round %d: no usable reply, nothing is published", plan.round)
+            if self.base is not None and not self._heard:
+                log.error("no node answers as ferret_mod does: is mods=[ferret_mod] missing?")
         return accepted
 
     def publish(self, aggregate: np.ndarray | None, accepted: list[Reply]) -> bool:

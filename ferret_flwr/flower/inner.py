@@ -33,8 +33,8 @@ from ferret_flwr.projection.plan import RoundPlan
 OF_WEIGHTS = (
     "keeps weights or moments from round to round; here each round has bases of its own, and "
     "numbers on the bases of different rounds cannot be added. Use FedAvg with "
-    "'ferret.server-rate' and 'ferret.rate-schedule' on the server, or momentum or Adam in the "
-    "nodes' optimizer"
+    "'ferret.server-rate' and 'ferret.rate-schedule' on the server (in a project of your own "
+    "FerretConfig(server_rate=..., rate_schedule=...)), or momentum or Adam in the nodes' optimizer"
 )
 OF_OTHER_MODELS = "aggregates something else than a vector of numbers"
 REFUSED: dict[type[Strategy], str] = {

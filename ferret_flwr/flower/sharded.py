@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import numba
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from flwr.app import Context
+from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 from flwr.client import NumPyClient
 from flwr.common import NDArrays, Scalar
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from ferret_flwr.config import ConfigError
 from ferret_flwr.flower.client import FerretClient
@@ -64,19 +66,19 @@ class ShardedClient(NumPyClient):
         """Say which partition this is, or which base model the node has."""
         if config.get("ask") == "partition-id":
             return {"partition-id": self.partition_id}
-        return self._answer("get_properties", config)
+        return self._answer("get_properties", config).metrics
 
     def fit(self, parameters: NDArrays, config: Metrics) -> tuple[NDArrays, int, Metrics]:
         """Train one round, see `FerretClient.fit`."""
         answer = self._answer("fit", parameters, config)
-        return ([], 0, answer) if isinstance(answer, dict) else answer
+        return answer.arrays, answer.examples, answer.metrics
 
     def evaluate(self, parameters: NDArrays, config: Metrics) -> tuple[float, int, Metrics]:
         """Evaluate the current model, see `FerretClient.evaluate`."""
         answer = self._answer("evaluate", parameters, config)
-        return (0.0, 0, answer) if isinstance(answer, dict) else answer
+        return answer.loss, answer.examples, answer.metrics
 
-    def _answer(self, method: str, *arguments: Any) -> Any:
+    def _answer(self, method: str, *arguments: Any) -> _Answer:
         """Return the answer of the first process, or the first error of any."""
         with tempfile.TemporaryDirectory() as name:  # for this account alone
             folder = Path(name)
@@ -85,17 +87,56 @@ class ShardedClient(NumPyClient):
                 answers = _read(folder, "answer")
                 if len(answers) < self.processes:
                     raise RuntimeError(f"{len(answers)} of {self.processes} processes answered")
-                return answers[0][1]
+                return answers[0]
             except Exception as error:
                 errors = _read(folder, "error")
                 if not errors:
-                    return failure(error, self.partition_id)
-                return min(errors, key=lambda found: found[0])[1]
+                    return _Answer.of(failure(error, self.partition_id))
+                return min(errors, key=lambda answer: answer.time)
 
 
-def _read(folder: Path, kind: str) -> list[tuple[float, Any]]:
-    """Return what the processes have left, that of the first one first, each with its time."""
-    return [pickle.loads(path.read_bytes()) for path in sorted(folder.glob(f"*.{kind}"))]
+@dataclass(frozen=True)
+class _Answer:
+    """What a client has returned, whichever method it was, and when by the machine's clock."""
+
+    time: float
+    arrays: NDArrays
+    loss: float
+    examples: int
+    metrics: Metrics
+
+    @classmethod
+    def of(cls, returned: Any) -> _Answer:
+        """Take apart what a method of a `FerretClient` returns."""
+        first, examples, metrics = ([], 0, returned) if isinstance(returned, dict) else returned
+        arrays, loss = (first, 0.0) if isinstance(first, list) else ([], float(first))
+        return cls(time.monotonic(), arrays, loss, examples, metrics)
+
+    @classmethod
+    def read(cls, path: Path) -> _Answer:
+        """Read what `write` has written."""
+        content = recorddict_from_proto(ProtoRecordDict.FromString(path.read_bytes()))
+        numbers: dict[str, Any] = dict(content.config_records["numbers"])
+        arrays = content.array_records["arrays"].to_numpy_ndarrays()
+        metrics: dict[str, Any] = dict(content.config_records["metrics"])
+        return cls(arrays=arrays, metrics=metrics, **numbers)
+
+    def write(self, path: Path) -> None:
+        """Write as Flower's messages are, so nothing is pickled."""
+        numbers: dict[str, Any] = {"time": self.time, "loss": self.loss, "examples": self.examples}
+        content = RecordDict(
+            {
+                "arrays": ArrayRecord(self.arrays),
+                "numbers": ConfigRecord(numbers),
+                "metrics": ConfigRecord(dict(self.metrics)),
+            }
+        )
+        path.write_bytes(recorddict_to_proto(content).SerializeToString())
+
+
+def _read(folder: Path, kind: str) -> list[_Answer]:
+    """Return what the processes have left, that of the first one first."""
+    return [_Answer.read(path) for path in sorted(folder.glob(f"*.{kind}"))]
 
 
 def _run(
@@ -104,12 +145,12 @@ def _run(
     """Answer a message together with the other processes."""
     try:
         _join(rank, client.processes, folder)
-        answer = getattr(client.make(client.context), method)(*arguments)
+        answer = _Answer.of(getattr(client.make(client.context), method)(*arguments))
     except Exception as error:
-        answer = failure(error, client.partition_id)
-    failed = "error" in (answer if isinstance(answer, dict) else answer[-1])
+        answer = _Answer.of(failure(error, client.partition_id))
+    failed = "error" in answer.metrics
     path = folder / f"{rank}.part"
-    path.write_bytes(pickle.dumps((time.monotonic(), answer)))  # the time is the machine's
+    answer.write(path)
     path.rename(path.with_suffix(".error" if failed else ".answer"))  # so nobody finds half of it
     if failed:
         sys.exit(1)

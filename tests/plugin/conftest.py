@@ -22,6 +22,7 @@ from flwr.serverapp.strategy import Strategy as MessageStrategy
 from flwr.supercore.task_identity import TaskIdentity
 
 from ferret_flwr.flower import bases, ferret_mod
+from ferret_flwr.report import show_progress
 
 Train = Callable[[list[np.ndarray], int], list[np.ndarray]]
 
@@ -127,6 +128,7 @@ class Nodes:
         self.config = config or {}
         self.fresh = True  # each message is a new process; else they share one, as in a simulation
         self.dead: set[int] = set()
+        self.apps_may_fail = False  # answer with an error then, as a SuperNode does
         self.turn = Lock()  # nodes are processes of their own, here they share this one
         self.bytes: list[tuple[str, int, int]] = []  # kind of message, bytes down and up
 
@@ -148,7 +150,12 @@ class Nodes:
             bases._live.clear()
         if node in self.dead:
             return Message(Error(code=1, reason="it is dead"), reply_to=request)
-        reply = self.app(request, self.context(node))
+        try:
+            reply = self.app(request, self.context(node))
+        except Exception as error:
+            if not self.apps_may_fail:
+                raise
+            return Message(Error(code=1, reason=repr(error)), reply_to=request)
         reply.content, up = crossed(reply.content)
         self.bytes.append((kind, down, up))
         return reply
@@ -214,6 +221,12 @@ API = {
     "legacy": (numpy_app, legacy_fedavg, run_legacy),
     "message": (message_app, message_fedavg, run_messages),
 }
+
+
+@pytest.fixture(autouse=True)
+def messages_are_caught():  # type: ignore[no-untyped-def]
+    """Set up our logger before pytest looks for those that do not propagate."""
+    show_progress()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 from flwr.common import ndarrays_to_parameters, parameters_to_ndarrays
 
 from ferret_flwr.config import ConfigError, FerretConfig
-from ferret_flwr.flower import Ferret
+from ferret_flwr.flower import Ferret, ferret_mod
 from ferret_flwr.ledger import Ledger
 from ferret_flwr.projection.encoding import encoded_nbytes
 
@@ -134,6 +134,21 @@ def test_a_node_that_fails_is_left_out(api, tmp_path, caplog):
     run(ferret, nodes, 1)
     assert len(ferret.ledger) == 1
     assert "it is dead" in caplog.text
+
+
+@pytest.mark.parametrize("mods", [[], [ferret_mod]])
+def test_a_forgotten_mod_is_asked_for(api, mods, tmp_path, caplog):
+    app, strategy, run = api
+
+    def broken(arrays, partition):
+        raise ValueError("these are no weights")
+
+    ferret = Ferret(strategy(), FerretConfig(coefficients=64))
+    nodes = Nodes(app(broken, mods=mods), tmp_path)
+    nodes.apps_may_fail = True
+    run(ferret, nodes, 1)
+    assert not ferret.ledger
+    assert ("is mods=[ferret_mod] missing?" in caplog.text) == (not mods)
 
 
 def test_an_app_of_another_strategy_passes_through(api, tmp_path):
