@@ -74,9 +74,21 @@ def header_text(about: Mapping[str, Any]) -> str:
     return f"{about['hardware']}; {versions}; seed {seed}; commit {about['commit']}"
 
 
-def print_figures(figures: Mapping[str, Any]) -> None:
-    """Print single figures, a line each, those of a `header` among them."""
+def print_figures(figures: Mapping[str, Any], indent: str = "") -> None:
+    """Print nested figures, a name to a line, those of a `header` among them."""
     for name, value in figures.items():
-        if name == "versions":
-            value = versions_text(value)
-        print(f"{name:<28}{f'{value:.4g}' if isinstance(value, float) else value}")
+        if isinstance(value, list):
+            for row in value:
+                print(indent + "  ".join(f"{k} {_text(v)}" for k, v in row.items()))
+        elif isinstance(value, dict) and any(isinstance(v, dict | list) for v in value.values()):
+            print(f"{indent}{name}")
+            print_figures(value, indent + "  ")
+        elif isinstance(value, dict):
+            row = ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+            print(f"{indent}{name:<36}{row}")
+        else:
+            print(f"{indent}{name:<36}{_text(value)}")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -29,7 +29,7 @@ import numba
 import numpy as np
 import torch
 
-from benchmarks.header import header
+from benchmarks.header import header, print_figures
 from benchmarks.plots import pyplot, save
 from ferret_flwr.projection import projection
 from ferret_flwr.projection.families import FAMILIES
@@ -394,26 +394,6 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     save(figure, path)
 
 
-def show(figures: Mapping[str, Any], indent: str = "") -> None:
-    """Print nested figures, a name to a line."""
-    for name, value in figures.items():
-        if isinstance(value, list):
-            for row in value:
-                print(indent + "  ".join(f"{k} {_text(v)}" for k, v in row.items()))
-        elif isinstance(value, dict) and any(isinstance(v, dict | list) for v in value.values()):
-            print(f"{indent}{name}")
-            show(value, indent + "  ")
-        elif isinstance(value, dict):
-            row = ", ".join(f"{k} {_text(v)}" for k, v in value.items())
-            print(f"{indent}{name:<36}{row}")
-        else:
-            print(f"{indent}{name:<36}{_text(value)}")
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(
@@ -440,7 +420,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(figures, indent=2))
     else:
-        show(figures)
+        print_figures(figures)
     if arguments.plot and arguments.slope:
         draw(figures, arguments.plot)
 

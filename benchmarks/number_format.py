@@ -15,6 +15,7 @@ from benchmarks.plan import Plan
 from benchmarks.plots import pyplot, save
 from benchmarks.runner import compare
 from benchmarks.summary import Outcome, over_seeds
+from benchmarks.tables import spread, table
 from ferret_flwr.config import ConfigError
 
 BITS = {"float32": 32, "float16": 16, "int8": 8}
@@ -72,18 +73,16 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     save(figure, path)
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """Return a Markdown table: loss as mean ± standard deviation, bytes as on the wire."""
-    lines = ["| K | format | a node sends, bytes | held-out loss |", "|---|---|---|---|"]
+def results(outcomes: Sequence[Outcome]) -> str:
+    """Return a Markdown table: bytes as on the wire, loss as mean ± standard deviation."""
+    rows = []
     for outcome in outcomes:
-        count, numbers = outcome.name.split()
-        if not outcome.good:
-            lines.append(f"| {count} | {numbers} |  | failed |")
-            continue
-        figures = over_seeds(outcome.good)
-        (loss, std), sent = figures["loss"], figures["up"][0]
-        lines.append(f"| {count} | {numbers} | {sent:,.0f} | {loss:.3f} ± {std:.3f} |")
-    return "\n".join(lines)
+        cells = ["", "failed"]
+        if outcome.good:
+            figures = over_seeds(outcome.good)
+            cells = [f"{figures['up'][0]:,.0f}", spread(*figures["loss"], "{:.3f}".format)]
+        rows.append([*outcome.name.split(), *cells])
+    return table(["K", "format", "a node sends, bytes", "held-out loss"], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         parser.error(str(error))
     plot(outcomes, options.plot or options.output / "loss.png")
-    print(table(outcomes))
+    print(results(outcomes))
     return 0 if all(outcome.good for outcome in outcomes) else 1
 
 

@@ -395,6 +395,14 @@ def _as_float32(reply: Reply, plan: RoundPlan) -> FitResult:
     return client, answer
 
 
+def _a_few(client_manager: ClientManager, least: int) -> list[ClientProxy]:
+    """Wait for ``least`` nodes, and return as many of them as it takes to know what all run."""
+    client_manager.wait_for(least, timeout=WAIT_SECONDS)
+    return client_manager.sample(
+        min(max(least, 1), ASKED_FOR_HEADER, client_manager.num_available())
+    )
+
+
 def _ask_for_header(client_manager: ClientManager, least: int) -> Header | None:
     """Return the header that most of a few nodes report for their base model.
 
@@ -413,11 +421,9 @@ def _ask_for_header(client_manager: ClientManager, least: int) -> Header | None:
         If no node could say, or no base model is that of more than half of them, naming what the
         nodes answered.
     """
-    client_manager.wait_for(least, timeout=WAIT_SECONDS)
-    count = min(max(least, 1), ASKED_FOR_HEADER, client_manager.num_available())
     votes: Counter[Header | None] = Counter()
     answers, errors = [], []
-    clients = client_manager.sample(count)
+    clients = _a_few(client_manager, least)
     with ThreadPoolExecutor(ASKED_FOR_HEADER) as pool:
         asked = [pool.submit(_header_of, client) for client in clients]
     for client, answer in zip(clients, asked, strict=True):
@@ -469,10 +475,8 @@ def _run_the_mod(client_manager: ClientManager, least: int) -> bool:
 
     No node loads its model for it. Where none answers the run goes on as it was started.
     """
-    client_manager.wait_for(least, timeout=WAIT_SECONDS)
-    count = min(max(least, 1), ASKED_FOR_HEADER, client_manager.num_available())
     question = GetPropertiesIns(config={"ask": "partition-id"})
-    for client in client_manager.sample(count):
+    for client in _a_few(client_manager, least):
         try:
             answer = client.get_properties(question, timeout=HEADER_SECONDS, group_id=0)
         except Exception as error:  # whatever one node does, the next may answer

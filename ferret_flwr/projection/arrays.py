@@ -8,6 +8,7 @@ imported before there is a tensor.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
@@ -85,6 +86,11 @@ def zeros(size: int, like: Array | None) -> Array:
     if like is None or is_numpy(like):
         return np.zeros(size, dtype=np.float32)
     return like.new_zeros(size, dtype=importlib.import_module("torch").float32)
+
+
+def zeros_for(array: Array) -> Array:
+    """Return as many zeros in float32 as ``array`` has elements, flat, where it lies."""
+    return zeros(math.prod(array.shape), array)
 
 
 def placed(array: np.ndarray, like: Array | None) -> Array:

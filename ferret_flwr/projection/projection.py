@@ -33,6 +33,7 @@ from ferret_flwr.projection.arrays import (
     rounded,
     to_host,
     zeros,
+    zeros_for,
 )
 from ferret_flwr.projection.kernels import cpu, cpu_interleaved
 from ferret_flwr.projection.kernels.segments import Segments
@@ -400,7 +401,7 @@ def replay(
             continue
         for tensor in together:
             old, new = base[tensor], into[tensor]
-            master = zeros(old.size if is_numpy(old) else old.numel(), like=old)
+            master = zeros_for(old)
             master[...] = as_float32(old).reshape(-1)
             for plan, c in published:
                 _subtract_tensor(master, tensor, layout, plan, c)
@@ -431,7 +432,7 @@ def fidelity(
         if layout.counts(tensor):
             squares[0] += _square_of_difference(old, new)
             if known is None:
-                update = zeros(old.size if is_numpy(old) else old.numel(), old)
+                update = zeros_for(old)
                 _subtract_tensor(update, tensor, layout, plan, coefficients)
                 squares[1] += float(update @ update)
     total, hat = layout.add_up(squares)

@@ -178,8 +178,9 @@ def _fingerprint(address, start, length, bounds, sums):  # type: ignore[no-untyp
         sums[thread] = total
 
 
-def _bounds(segments: Segments, plan: RoundPlan) -> np.ndarray:
-    cost = segments.length * (plan.counts[segments.block] + COST_OF_MEMORY)
+def _bounds(segments: Segments, counts: np.ndarray) -> np.ndarray:
+    """Return what each thread gets, where block l takes ``counts[l]`` bases."""
+    cost = segments.length * (counts[segments.block] + COST_OF_MEMORY)
     return segments.divide(cost, numba.get_num_threads())
 
 
@@ -214,7 +215,7 @@ def project(
         counts,
         position,
         sums,
-        _bounds(segments, plan),
+        _bounds(segments, plan.counts),
         family_code(plan),
     )
     coefficients = np.zeros(plan.num_bases, dtype=np.float64)
@@ -261,7 +262,6 @@ def replay(
     plans = [plan for plan, _ in rounds]
     begins = np.cumsum([0] + [plan.num_bases for plan in plans])
     counts = np.stack([plan.counts for plan in plans])
-    cost = segments.length * (counts.sum(axis=0)[segments.block] + COST_OF_MEMORY)
     _replay(
         (addresses_of(source, segments), addresses_of(target, segments)),
         (kinds_of(source, segments), kinds_of(target, segments)),
@@ -271,7 +271,7 @@ def replay(
         counts,
         np.stack([begin + p.offsets for begin, p in zip(begins, plans, strict=False)]),
         np.concatenate([c for _, c in rounds]),
-        segments.divide(cost, numba.get_num_threads()),
+        _bounds(segments, counts.sum(axis=0)),
         family_codes(plans),
     )
 
