@@ -158,8 +158,8 @@ def main() -> int:
         nargs="*",
         choices=BENCHMARKS,
         metavar="NAME",
-        help="run these, or all, in turn, and keep what they print; 'compare', the last, takes an "
-        "hour",
+        help="run these, or all, in turn, and keep what they print; the last, 'compare', takes "
+        "longest",
     )
     parser.add_argument(
         "--output",
