@@ -166,8 +166,9 @@ def _join(rank: int, processes: int, folder: Path) -> None:
     if sys.platform == "linux":  # no other machine can reach it
         for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(key, "lo")
-    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
-    numba.set_num_threads(max(1, numba.get_num_threads() // processes))
+    threads = torch.get_num_threads()
+    numba.set_num_threads(max(1, numba.get_num_threads() // processes))  # sets torch's, too, once
+    torch.set_num_threads(max(1, threads // processes))
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)
     rendezvous = (folder / "rendezvous").as_uri()
