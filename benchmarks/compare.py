@@ -50,6 +50,9 @@ def raw_plan(options: argparse.Namespace) -> dict[str, Any]:
             raw[key] = value
     if options.set:
         raw["settings"] = {**typed(raw, "settings", dict, {}), **pairs(options.set)}
+    if options.search_set:
+        given = typed(raw, "search-settings", dict, {})
+        raw["search-settings"] = {**given, **pairs(options.search_set)}
     Plan.of(raw)  # what follows relies on it
     everyone = [[name, *search] for search in options.search for name in raw["variants"]]
     for name, *search in everyone + options.search_for:
@@ -92,6 +95,14 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar=("VARIANT", "KEY"),
         help="VARIANT KEY VALUE ...: the same for one variant",
+    )
+    parser.add_argument(
+        "--search-set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what the search's runs have instead, such as fewer rounds",
     )
     parser.add_argument(
         "--fresh-code",

@@ -9,6 +9,8 @@ A plan file has these keys; keys of the run configuration may be nested tables o
     nodes = 3                               # left out: the recipe's strategy.min-available-nodes
     [settings]                              # for all variants, over the recipe
     num-server-rounds = 8
+    [search-settings]                       # what a search's runs have instead
+    num-server-rounds = 4
     [variants.ferret-16k]                   # method = "ferret-16k" unless it says otherwise
     method = "ferret"
     ferret.coefficients = 16384
@@ -33,7 +35,16 @@ from ferret_flwr.config import Config, ConfigError, Scalar, parse
 
 Settings = dict[str, Scalar]
 
-KEYS = ("title", "recipe", "seeds", "search-seed", "nodes", "settings", "variants")
+KEYS = (
+    "title",
+    "recipe",
+    "seeds",
+    "search-seed",
+    "nodes",
+    "settings",
+    "search-settings",
+    "variants",
+)
 DECIDED = {  # run-config keys that a comparison sets itself, and what to use for them
     "seed": "'seeds' and 'search-seed'",
     "strategy.min-available-nodes": "'nodes'",
@@ -75,6 +86,7 @@ class Plan:
     title: str
     seeds: tuple[int, ...]
     search_seed: int
+    search_settings: Settings
     nodes: int
     variants: tuple[Variant, ...]
 
@@ -105,8 +117,14 @@ class Plan:
             raise ConfigError("the plan's 'variants' are empty: add [variants.ferret], say")
         variants = [_variant(name, table, base) for name, table in tables.items()]
         seeds, search_seed = _seeds(raw)
+        where = "the plan's 'search-settings'"
         plan = cls(
-            typed(raw, "title", str, "Comparison"), seeds, search_seed, nodes, tuple(variants)
+            title=typed(raw, "title", str, "Comparison"),
+            seeds=seeds,
+            search_seed=search_seed,
+            search_settings=_own(flattened(typed(raw, "search-settings", dict, {})), where),
+            nodes=nodes,
+            variants=tuple(variants),
         )
         for variant, seed in itertools.product(plan.variants, (*seeds, search_seed)):
             for choice in variant.choices:
@@ -116,7 +134,7 @@ class Plan:
         return plan
 
     def config(self, variant: Variant, choice: Mapping[str, Scalar], seed: int) -> Config:
-        """Return the configuration of one run.
+        """Return the configuration of one run; that of a search has the search's seed.
 
         Raises
         ------
@@ -124,8 +142,9 @@ class Plan:
             Naming the variant and the keys that are wrong.
         """
         decided = {"seed": seed, "strategy.min-available-nodes": self.nodes}
+        instead = self.search_settings if seed == self.search_seed else {}
         try:
-            return parse({**variant.settings, **choice, **decided})
+            return parse({**variant.settings, **instead, **choice, **decided})
         except ConfigError as error:
             raise ConfigError(f"variant '{variant.name}': {error}") from None
 

@@ -100,6 +100,8 @@ def markdown(plan: Plan, outcomes: Sequence[Outcome]) -> str:
             f"The final held-out loss with seed {plan.search_seed} decides, which is in no figure "
             "above; bold is what was taken."
         )
+        if plan.search_settings:
+            text += f" Its runs have {_settings_text(plan.search_settings.items())}."
         parts += ["## Search", text, _search_table(searched)]
     parts += ["## Configuration", _configuration(plan, outcomes)]
     return "\n\n".join(parts) + "\n"
