@@ -58,10 +58,12 @@ class Start:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, float, int]] = []
+        self.rounds: list[tuple[int, int]] = []
 
     def __call__(self, config: Config, nodes: int, folder: Path, log: Path) -> list[dict]:
         rate = config.train.learning_rate
         self.asked.append((config.method, rate, config.seed))
+        self.rounds.append((config.seed, config.num_server_rounds))
         if rate > 100:
             raise RunError("MemoryError: no memory left (exit status 1)")
         made = rows(RATES.get(rate, 1.0) + config.seed / 100, seed=config.seed)
@@ -250,6 +252,17 @@ def test_a_choice_at_the_edge_is_marked(tmp_path) -> None:
         ]
         assert ("at the edge" in searched) == marked
         assert "with seed 9 decides" in searched
+        assert "Its runs have" not in searched
+
+
+def test_a_search_with_fewer_rounds_says_so(tmp_path) -> None:
+    shorter = {"search-settings": {"num-server-rounds": 1}}
+    start = Start()
+    compare(plan(**shorter), tmp_path, start)
+    searched = (tmp_path / "table.md").read_text().split("## Search")[1]
+    assert "Its runs have `num-server-rounds = 1`." in searched
+    every = Config().num_server_rounds
+    assert set(start.rounds) == {(9, 1), (1, every), (2, every), (3, every)}
 
 
 def test_runs_of_other_code_stay_and_are_told(tmp_path, monkeypatch, capsys) -> None:

@@ -51,6 +51,19 @@ def test_a_plan_means_what_it_says() -> None:
     assert (own["ferret.coefficients"], own["train.learning-rate"]) == (8000, 0.1)
 
 
+def test_a_search_may_have_settings_of_its_own() -> None:
+    raw = tomllib.loads("search-settings.num-server-rounds = 2\nsearch-seed = 9" + PLAN)
+    plan = Plan.of(raw)
+    ferret = plan.variants[1]
+    for seed, rounds in ((5, 4), (6, 4), (9, 2)):
+        config = plan.config(ferret, ferret.choices[1], seed)
+        assert (config.num_server_rounds, config.train.steps) == (rounds, 9)
+        assert config.train.learning_rate == 1
+    raw["search-settings"] |= {"train.learning-rate": 3.0, "train.steps": 1}
+    config = Plan.of(raw).config(ferret, ferret.choices[1], 9)
+    assert (config.train.learning_rate, config.train.steps) == (1, 1)  # a choice is a choice
+
+
 def test_a_recipe_lies_under_the_settings(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
@@ -90,7 +103,7 @@ def test_methods_are_compared_at_equal_work(name: str) -> None:
     ablation = Plan.of(read_toml(folder / f"{name}-ablation.toml"))
     first, other = plan.variants[1], ablation.variants[0]
     assert first.name == other.name == "ferret"
-    rate = {"train.learning-rate": 0.03}
+    rate = {"train.learning-rate": 0.01}
     assert rate in first.choices
     assert plan.config(first, rate, 1) == ablation.config(other, {}, 1)  # one run serves both
     assert ablation.seeds == plan.seeds
@@ -111,6 +124,10 @@ def test_the_search_seed_is_none_of_the_seeds() -> None:
         ("seeds = [1, 2]\nsearch-seed = 2", "'search-seed' must be none of its 'seeds', got 2"),
         ("search-seed = -1", "'seed' must be at least 0"),
         ("search-seed = 'x'", "'search-seed' must be of type int"),
+        ("search-settings = 2", "'search-settings' must be of type dict"),
+        ("search-settings.seed = 2", "'search-settings' cannot set 'seed'; use 'seeds' and"),
+        ("search-settings.train.steps = 0", "'train.steps' must be at least 1, got 0"),
+        ("search-settings.train.step = 1", "train.step"),
         ("nodes = 0", "'nodes' must be at least 1"),
         ("nodes = true", "'nodes' must be of type int"),
         ("recipe = 'gone.toml'", "cannot read 'gone.toml'"),
