@@ -8,8 +8,9 @@ runs a plan (see `benchmarks.plan` for its keys). Without a plan,
 --seeds 1 2 --search train.learning-rate 0.003 0.01 --output results/gsm8k``
 
 does the same from the command line. Each run is the real app in a process of its own. Finished runs
-are kept in the output folder: the same command goes on where it was stopped. They outlive changes
-of the code, which the table then tells; ``--fresh-code`` runs again what other code has run.
+are kept in the output folder: the same command goes on where it was stopped, and does again what
+has run out of memory. They outlive changes of the code, which the table then tells;
+``--fresh-code`` runs again what other code has run.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from benchmarks.header import hardware
 from benchmarks.inputs import base_fingerprint, code_hash, data_hashes
 from benchmarks.plan import Plan, Settings, Variant
 from benchmarks.simulate import RunError, simulate
-from benchmarks.summary import Outcome, Record, best, final_loss, trouble
+from benchmarks.summary import Outcome, Record, best, final_loss, out_of_memory, trouble
 from benchmarks.tables import draw, write
 from ferret_flwr import __version__
 from ferret_flwr.config import Config, ConfigError, defaults, flatten
@@ -100,7 +100,8 @@ class Comparison:
                     "seconds": time.perf_counter() - began,
                     "rounds": rows,
                 }
-                write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+                if not out_of_memory(record):  # which a larger or an idle machine might not be
+                    write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
         if "seconds" in record:
             self.seconds[variant.name].append(record["seconds"])
         self.todo[variant.name] -= 1

@@ -85,6 +85,11 @@ def trouble(run: Record) -> str:
     return ""
 
 
+def out_of_memory(run: Record) -> bool:
+    """Return whether a run failed for want of memory, a GPU's or the machine's."""
+    return "OutOfMemoryError" in trouble(run)
+
+
 def final_loss(run: Record) -> float:
     """Return the held-out loss after the last round; a failed run's is infinite."""
     return math.inf if trouble(run) else float(run["rounds"][-1]["eval/loss"])

@@ -187,6 +187,30 @@ def test_a_crash_is_shown_and_tried_again(tmp_path, capsys) -> None:
     assert "failed: MemoryError" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("reason", "kept"),
+    [
+        ("Message contains an Error (reason: <class 'ray.exceptions.OutOfMemoryError'>)", False),
+        ("torch.OutOfMemoryError: CUDA out of memory", False),
+        ("DivergenceError: the loss is nan", True),
+    ],
+)
+def test_only_a_want_of_memory_is_tried_again(tmp_path, reason: str, kept: bool) -> None:
+    class Failing(Start):
+        def __call__(self, *arguments):  # type: ignore[no-untyped-def]
+            made = super().__call__(*arguments)
+            made[1]["failures"] = [f"node 7 failed: {reason}"]
+            return made
+
+    one = plan(seeds=[1], variants={"ferret": {}})
+    first, second = Failing(), Start()
+    (failed,) = compare(one, tmp_path, first)
+    assert not failed.good and len(first.asked) == 1
+    (again,) = compare(one, tmp_path, second)
+    assert len(second.asked) == (0 if kept else 1)
+    assert bool(again.good) is not kept
+
+
 def test_a_search_without_any_good_run_ends_there(tmp_path, capsys) -> None:
     rates = {"search": {"train.learning-rate": [20.0, 1000.0]}}
     start = Start()
