@@ -82,7 +82,7 @@ def test_a_recipe_lies_under_the_settings(tmp_path: Path) -> None:
 def test_plans_that_come_with_the_project_are_valid(path: Path) -> None:
     plan = Plan.of(read_toml(path))
     assert plan.variants and plan.search_seed not in plan.seeds
-    assert all(len(values) == 3 for v in plan.variants for values in v.search.values())
+    assert all(len(values) >= 3 for v in plan.variants for values in v.search.values())
 
 
 @pytest.mark.parametrize("name", ["gsm8k-smollm2", "code-alpaca-smollm2"])
@@ -103,7 +103,7 @@ def test_methods_are_compared_at_equal_work(name: str) -> None:
     ablation = Plan.of(read_toml(folder / f"{name}-ablation.toml"))
     first, other = plan.variants[1], ablation.variants[0]
     assert first.name == other.name == "ferret"
-    rate = {"train.learning-rate": 0.01}
+    rate = {"train.learning-rate": ablation.config(other, {}, 1).train.learning_rate}
     assert rate in first.choices
     assert plan.config(first, rate, 1) == ablation.config(other, {}, 1)  # one run serves both
     assert ablation.seeds == plan.seeds
