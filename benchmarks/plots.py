@@ -19,7 +19,7 @@ NOTE_WIDTH = 200  # characters
 MEASURES = (("eval/loss", "held-out loss"), ("eval/rougeL", "Rouge-L"))
 AGAINST = (
     ("round", "round"),
-    ("bytes", "bytes sent and received by all nodes"),
+    ("bytes", "sent and received by all nodes"),
     ("seconds", "seconds, without evaluation"),
 )
 HEADROOM = 0.25  # above the loss at the start, of what the best gained
@@ -34,7 +34,9 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def curves(runs: Runs, path: Path, note: str) -> None:
-    """Draw loss and Rouge-L against rounds, bytes and seconds; bands are standard deviations.
+    """Draw loss and Rouge-L against rounds, bytes and seconds.
+
+    Lines are means over seeds, bands the standard deviation of the change since the start.
 
     Parameters
     ----------
@@ -59,10 +61,14 @@ def curves(runs: Runs, path: Path, note: str) -> None:
     for line, (key, label) in zip(axes, measures, strict=True):
         for axis, (x, x_label) in zip(line, AGAINST, strict=True):
             for number, (name, own) in enumerate(runs.items()):
-                points = [p for p in curve(own, key, x) if p[0] > 0 or x != "bytes"]
+                points = [p for p in curve(own, key, x, of_change=True) if p[0] > 0 or x != "bytes"]
                 if points:
                     _band(axis, points, name, _style(number))
             axis.set(xlabel=x_label, xscale="log" if x == "bytes" else "linear")
+            if x == "bytes":
+                _decades(axis)
+            elif x == "round":
+                axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
         line[0].set_ylabel(label)
     if measures[0][0] == "eval/loss":
@@ -105,9 +111,11 @@ def costs(runs: Runs, path: Path, note: str) -> None:
         1, 2, figsize=(13, 1.8 + 0.62 * len(runs)), sharey=True
     )
     _bars(traffic, numbers, (("up", "a node sends"), ("down", "a node receives")))
-    traffic.set(xlabel="bytes a round", xscale="log")
+    traffic.set(xlabel="of a round", xscale="log")
+    _decades(traffic)
     _bars(memory, numbers, (("node_bytes", "node"), ("server_bytes", "server")))
-    memory.set(xlabel="peak memory of the process, bytes")
+    memory.set(xlabel="peak memory of the process")
+    memory.xaxis.set_major_formatter(_nbytes)
     traffic.set_yticks(range(len(runs)), list(runs))
     traffic.invert_yaxis()
     finish(figure, path, note)
@@ -126,6 +134,19 @@ def _bars(
     axis.margins(x=0.18)
     axis.grid(axis="x", alpha=0.3)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+
+
+def _decades(axis: Any) -> None:
+    """Let an axis of bytes show whole powers of ten, of which there are at least two."""
+    low, high = (math.log10(limit) for limit in axis.get_xlim())
+    first, last = math.floor(low), math.ceil(high)
+    axis.set_xlim(10**first, 10 ** max(last, first + 1))
+    axis.xaxis.set_major_formatter(_nbytes)
+    axis.minorticks_off()
+
+
+def _nbytes(value: float, _: int) -> str:
+    return nbytes_text(value)
 
 
 def pyplot() -> Any:

@@ -107,17 +107,20 @@ def figures(run: Record) -> Figures:
     Returns
     -------
     dict
-        ``loss`` and ``rougeL`` after the last round; ``up`` and ``down``, bytes of a node and round
+        ``loss`` and ``rougeL`` after the last round, and ``change``, the loss less that of the
+        run's first model; ``up`` and ``down``, bytes of a node and round
         on average, and ``bytes``, all in all; ``local_s``, ``reach_s``, ``project_s``,
         ``aggregate_s``, ``replica_s`` and ``round_s`` (without the evaluation), each of the
         median round; ``node_bytes`` and ``server_bytes`` of memory (and ``gpu_bytes``), the most
         of all rounds.
     """
-    last, rounds = run["rounds"][-1], [row for row in run["rounds"] if row.get("nodes")]
+    first, last = run["rounds"][0].get("eval/loss"), run["rounds"][-1]
+    rounds = [row for row in run["rounds"] if row.get("nodes")]
     trained = sum(row["nodes"] for row in rounds)
     up, down = (sum(r[f"comm/{way}_bytes"] for r in rounds) for way in ("uplink", "downlink"))
     found: dict[str, float | None] = {
         "loss": last["eval/loss"],
+        "change": last["eval/loss"] - first if _finite(first) else None,
         "rougeL": last.get("eval/rougeL"),
         "up": up / trained,
         "down": down / trained,
@@ -155,7 +158,9 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def curve(runs: Sequence[Record], key: str, x: str) -> list[tuple[float, float, float]]:
+def curve(
+    runs: Sequence[Record], key: str, x: str, of_change: bool = False
+) -> list[tuple[float, float, float]]:
     """Return the mean of ``key`` over runs, round by round.
 
     Parameters
@@ -167,15 +172,18 @@ def curve(runs: Sequence[Record], key: str, x: str) -> list[tuple[float, float, 
     x
         What it is drawn against, each summed up to the round: ``round``, ``bytes`` of all nodes,
         or ``seconds`` without evaluation.
+    of_change
+        Whether the standard deviation is that of the change since each run's first value: seeds
+        that hold other examples out begin at other losses, which says nothing of a method.
 
     Returns
     -------
     list of tuple
         x (the mean), mean, and standard deviation, for each round that all runs measured.
     """
-    points: dict[int, list[tuple[float, float]]] = {}
+    points: dict[int, list[tuple[float, float, float]]] = {}
     for run in runs:
-        spent = 0.0
+        spent, first = 0.0, None
         for row in run["rounds"]:
             if x == "bytes":
                 spent += row.get("comm/uplink_bytes", 0) + row.get("comm/downlink_bytes", 0)
@@ -183,10 +191,12 @@ def curve(runs: Sequence[Record], key: str, x: str) -> list[tuple[float, float, 
                 spent += round_seconds(row)
             if _finite(row.get(key)):
                 at = row["round"] if x == "round" else spent
-                points.setdefault(row["round"], []).append((at, row[key]))
+                first = row[key] if first is None else first
+                varied = row[key] - first if of_change else row[key]
+                points.setdefault(row["round"], []).append((at, row[key], varied))
     return [
-        (statistics.fmean(at), *mean_std(values))
-        for at, values in (zip(*points[r], strict=True) for r in sorted(points))
+        (statistics.fmean(at), statistics.fmean(values), mean_std(varied)[1])
+        for at, values, varied in (zip(*points[r], strict=True) for r in sorted(points))
         if len(values) == len(runs)
     ]
 

@@ -396,6 +396,7 @@ def test_figures_by_hand() -> None:
     found = figures({"rounds": rows(1.25, rounds=3)})
     assert found == {
         "loss": 1.25,
+        "change": 1.25 - 3.0,
         "rougeL": 30.0,
         "up": (1000 + 2000 + 3000) / 6,
         "down": 9000 / 6,
@@ -426,6 +427,14 @@ def test_means_and_curves_by_hand() -> None:
     assert [point[1] for point in by_round] == pytest.approx([3.0, 2.4, 1.4])
     assert [point[0] for point in curve(runs, "eval/loss", "bytes")] == [0, 4000, 9000]
     assert [point[0] for point in curve(runs, "eval/loss", "seconds")] == [0, 9, 19]
+    for run, offset in zip(runs, (0.0, 0.25, 0.5), strict=True):  # seeds that begin elsewhere
+        for row in run["rounds"]:
+            row["eval/loss"] += offset
+    apart = curve(runs, "eval/loss", "round")
+    paired = curve(runs, "eval/loss", "round", of_change=True)
+    assert [p[1] for p in paired] == [p[1] for p in apart]
+    assert [p[2] for p in paired] == pytest.approx([p[2] for p in by_round])
+    assert [p[2] for p in paired] != pytest.approx([p[2] for p in apart])
     runs[0]["rounds"][1].pop("eval/loss")
     assert [point[0] for point in curve(runs, "eval/loss", "round")] == [0, 2]
     assert curve(runs, "eval/nothing", "round") == []
@@ -439,7 +448,7 @@ def test_the_table_by_hand() -> None:
     page = markdown(two, [Outcome("fedavg", [], {}, runs)])
     cells = next(line for line in page.splitlines() if line.startswith("| fedavg")).split(" | ")
     assert cells[1:] == [
-        "1.250 ± 0.354", "20.0", "750 B", "1.5 kB", "9 kB",
+        "1.250 ± 0.354", "-1.750 ± 0.354", "20.0", "750 B", "1.5 kB", "9 kB",
         "1.5", "0.5", "0.25", "0.125", "0.0625", "9.5", "102 B", "299 B |",
     ]  # fmt: skip
     assert re.search(r"\| round \| 0 \| 1 \| 2 \|\n.*\n\| fedavg \| 3.000 \| 2.250 ± 0.354", page)
