@@ -53,7 +53,7 @@ def raw_plan(options: argparse.Namespace) -> dict[str, Any]:
         raw["settings"] = {**typed(raw, "settings", dict, {}), **pairs(options.set)}
     if options.search_set:
         given = typed(raw, "search-settings", dict, {})
-        raw["search-settings"] = {**given, **pairs(options.search_set)}
+        raw["search-settings"] = {**given, **pairs(options.search_set, "--search-set")}
     Plan.of(raw)  # what follows relies on it
     everyone = [[name, *search] for search in options.search for name in raw["variants"]]
     for name, *search in everyone + options.search_for:
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="what the search's runs have instead, such as fewer rounds",
+        help="for the search's runs, such as fewer rounds",
     )
     parser.add_argument(
         "--fresh-code",

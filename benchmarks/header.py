@@ -23,12 +23,18 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def processors() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def hardware() -> str:
     """Return the processor, the cores that this process may use, and the GPU if there is one."""
     import torch  # not to list the benchmarks
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = [processor(), f"{cores} cores"]
+    parts = [processor(), f"{processors()} cores"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     return ", ".join(parts)
@@ -77,7 +83,7 @@ def header_text(about: Mapping[str, Any]) -> str:
 def print_figures(figures: Mapping[str, Any], indent: str = "") -> None:
     """Print nested figures, a name to a line, those of a `header` among them."""
     for name, value in figures.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and all(isinstance(row, dict) for row in value):
             for row in value:
                 print(indent + "  ".join(f"{k} {_text(v)}" for k, v in row.items()))
         elif isinstance(value, dict) and any(isinstance(v, dict | list) for v in value.values()):

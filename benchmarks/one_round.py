@@ -60,6 +60,8 @@ def settings(coefficients: int) -> dict[str, FerretConfig]:
         f"K = {coefficients * 8}": replace(base, coefficients=coefficients * 8),
         "truncated normal": replace(base, family="truncated-normal"),
         "bases per client": replace(base, bases="per-client"),
+        "server rate 0.5": replace(base, server_rate=0.5),
+        "server rate 1.5": replace(base, server_rate=1.5),
     }
     for blocks in (coefficients // 16, coefficients // 4, coefficients // 2, coefficients):
         found[f"contiguous, L = {blocks}, uniform"] = replace(
@@ -133,13 +135,14 @@ def reconstruction(this: Round, layout: Layout, config: FerretConfig, seed: int)
         counts = bases_per_block(energies, blocks, config)
     plan = RoundPlan(this.number, derive_seed(seed, this.number), config.family, blocks, counts)
     if config.bases == "shared":
-        return _hat(this.average, layout, plan)
+        return _hat(this.average, layout, plan, config.server_rate)
     own = [plan.with_seed(node_seed(plan, config.bases, i)) for i in range(len(this.updates))]
-    return mean([_hat(u, layout, p) for u, p in zip(this.updates, own, strict=True)])
+    hats = [_hat(u, layout, p, config.server_rate) for u, p in zip(this.updates, own, strict=True)]
+    return mean(hats)
 
 
-def _hat(update: Arrays, layout: Layout, plan: RoundPlan) -> Arrays:
-    (coefficients,) = publish(plan, projection.project(update, layout, plan), 1.0).coefficients
+def _hat(update: Arrays, layout: Layout, plan: RoundPlan, rate: float) -> Arrays:
+    (coefficients,) = publish(plan, projection.project(update, layout, plan), rate).coefficients
     flat = projection.reconstruct(coefficients, layout, plan)
     return [hat.reshape(shape) for hat, shape in zip(flat, layout.shapes, strict=True)]
 

@@ -9,7 +9,7 @@ A plan file has these keys; keys of the run configuration may be nested tables o
     nodes = 3                               # left out: the recipe's strategy.min-available-nodes
     [settings]                              # for all variants, over the recipe
     num-server-rounds = 8
-    [search-settings]                       # what a search's runs have instead
+    [search-settings]                       # for a search's runs, over the settings
     num-server-rounds = 4
     [variants.ferret-16k]                   # method = "ferret-16k" unless it says otherwise
     method = "ferret"
@@ -64,12 +64,15 @@ class Variant:
         How it is called.
     settings
         Its run configuration, flat, without what `Plan.config` adds.
+    own
+        Those of them that it sets itself.
     search
         Keys and the values to choose from.
     """
 
     name: str
     settings: Settings
+    own: Settings
     search: Mapping[str, tuple[Scalar, ...]]
 
     @property
@@ -118,11 +121,14 @@ class Plan:
         variants = [_variant(name, table, base) for name, table in tables.items()]
         seeds, search_seed = _seeds(raw)
         where = "the plan's 'search-settings'"
+        search_settings = _own(flattened(typed(raw, "search-settings", dict, {})), where)
+        if "method" in search_settings:
+            raise ConfigError(f"{where} cannot set 'method': each variant searches for itself")
         plan = cls(
             title=typed(raw, "title", str, "Comparison"),
             seeds=seeds,
             search_seed=search_seed,
-            search_settings=_own(flattened(typed(raw, "search-settings", dict, {})), where),
+            search_settings=search_settings,
             nodes=nodes,
             variants=tuple(variants),
         )
@@ -142,7 +148,7 @@ class Plan:
             Naming the variant and the keys that are wrong.
         """
         decided = {"seed": seed, "strategy.min-available-nodes": self.nodes}
-        instead = self.search_settings if seed == self.search_seed else {}
+        instead = self.search_settings | variant.own if seed == self.search_seed else {}
         try:
             return parse({**variant.settings, **instead, **choice, **decided})
         except ConfigError as error:
@@ -167,8 +173,8 @@ def toml_value(text: str) -> Any:
         return text
 
 
-def pairs(options: Iterable[str]) -> Settings:
-    """Return what ``KEY=VALUE`` options set.
+def pairs(given: Iterable[str], option: str = "--set") -> Settings:
+    """Return what the ``KEY=VALUE`` of a command line's ``option`` set.
 
     Raises
     ------
@@ -176,10 +182,10 @@ def pairs(options: Iterable[str]) -> Settings:
         If one has no ``=``.
     """
     found = {}
-    for option in options:
-        key, equals, value = option.partition("=")
+    for pair in given:
+        key, equals, value = pair.partition("=")
         if not equals:
-            raise ConfigError(f"--set needs KEY=VALUE, got {option!r}")
+            raise ConfigError(f"{option} needs KEY=VALUE, got {pair!r}")
         found[key] = toml_value(value)
     return found
 
@@ -246,6 +252,7 @@ def _variant(name: str, table: Any, base: Settings) -> Variant:
     return Variant(
         name,
         {**base, "method": name} | own,
+        own,
         {key: tuple(values) for key, values in search.items()},
     )
 

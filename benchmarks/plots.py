@@ -36,7 +36,7 @@ def _style(number: int) -> dict[str, Any]:
 def curves(runs: Runs, path: Path, note: str) -> None:
     """Draw loss and Rouge-L against rounds, bytes and seconds.
 
-    Lines are means over seeds, bands the standard deviation of the change since the start.
+    Lines are means over seeds, bands the standard deviation of the change since round 0.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def curves(runs: Runs, path: Path, note: str) -> None:
     for line, (key, label) in zip(axes, measures, strict=True):
         for axis, (x, x_label) in zip(line, AGAINST, strict=True):
             for number, (name, own) in enumerate(runs.items()):
-                points = [p for p in curve(own, key, x, of_change=True) if p[0] > 0 or x != "bytes"]
+                points = [p for p in curve(own, key, x) if p[0] > 0 or x != "bytes"]
                 if points:
                     _band(axis, points, name, _style(number))
             axis.set(xlabel=x_label, xscale="log" if x == "bytes" else "linear")
@@ -75,7 +75,8 @@ def curves(runs: Runs, path: Path, note: str) -> None:
         _cut_explosions(axes[0][0], runs)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.875, 0.97), frameon=False)
-    finish(figure, path, note, right=0.87)
+    bands = "bands: standard deviation, over seeds, of the change since round 0"
+    finish(figure, path, f"{bands}; {note}", right=0.87)
 
 
 def _band(

@@ -51,12 +51,13 @@ class Comparison:
         self.folder = folder
         self.start = start
         self.fresh_code = fresh_code
-        self.seconds: dict[str, list[float]] = {v.name: [] for v in plan.variants}
+        self.seconds: dict[str, list[float]] = {v.name: [] for v in plan.variants}  # a round's
         self.todo = {v.name: _searches(v) + len(plan.seeds) for v in plan.variants}
         self.total = sum(self.todo.values())
         for variant in plan.variants:
             for choice in variant.choices:
-                _check(variant, choice, plan.config(variant, choice, plan.seeds[0]))
+                for seed in self._seeds(variant):
+                    _check(variant, choice, plan.config(variant, choice, seed))
             for seed in self._seeds(variant):
                 self._inputs(plan.config(variant, variant.choices[0], seed))
 
@@ -100,10 +101,9 @@ class Comparison:
                     "seconds": time.perf_counter() - began,
                     "rounds": rows,
                 }
-                if not out_of_memory(record):  # which a larger or an idle machine might not be
-                    write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+                write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
         if "seconds" in record:
-            self.seconds[variant.name].append(record["seconds"])
+            self.seconds[variant.name].append(record["seconds"] / config.num_server_rounds)
         self.todo[variant.name] -= 1
         print(self._line(record, earlier), flush=True)
         return record
@@ -142,7 +142,10 @@ class Comparison:
         return self.folder / "runs" / f"{_digest(inputs)}.json"
 
     def _read(self, inputs: Record) -> Record | None:
-        """Return a finished run, unless a default that it had is another one today."""
+        """Return a finished run, unless a default that it had is another one today.
+
+        One that has run out of memory says nothing of the method: it counts as not there.
+        """
         try:
             record = json.loads(self._path(inputs).read_text())
         except FileNotFoundError:
@@ -150,7 +153,7 @@ class Comparison:
         today = inputs["config"]
         same = all(today.get(key, value) == value for key, value in record["config"].items())
         stale = self.fresh_code and record.get("code") != code_hash()
-        return record if same and not stale else None
+        return record if same and not stale and not out_of_memory(record) else None
 
     def _inputs(self, config: Config) -> Record:
         """Return what a run's figures depend on, but the machine, its libraries, and the code."""
@@ -179,8 +182,17 @@ class Comparison:
         if not known:
             return None
         return sum(
-            count * statistics.fmean(self.seconds[name] or known)
-            for name, count in self.todo.items()
+            self._rounds_left(variant) * statistics.fmean(self.seconds[variant.name] or known)
+            for variant in self.plan.variants
+        )
+
+    def _rounds_left(self, variant: Variant) -> int:
+        """Return the rounds of ``variant``'s runs left, of which a search's may have fewer."""
+        reported = min(self.todo[variant.name], len(self.plan.seeds))
+        searches = self.todo[variant.name] - reported
+        return sum(
+            count * self.plan.config(variant, variant.choices[0], seed).num_server_rounds
+            for count, seed in ((reported, self.plan.seeds[0]), (searches, self.plan.search_seed))
         )
 
 

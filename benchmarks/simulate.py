@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.header import processors
 from ferret_flwr.config import Config, flatten
 from ferret_flwr.files import write_atomic
 
@@ -115,7 +116,7 @@ def main() -> None:
     from server_app import server_fn
 
     job = json.loads(Path(sys.argv[1]).read_text())
-    cores = os.cpu_count() or 1
+    cores = processors()
     gpus = torch.cuda.device_count()
     start = time.perf_counter()
     run_simulation(

@@ -14,6 +14,7 @@ Row = Mapping[str, Any]
 Record = dict[str, Any]  # a finished run, or one with nothing but an "error"
 Figures = dict[str, float]
 LONGEST = 200  # characters of a reason
+NO_MEMORY = ("MemoryError", "can't allocate memory")  # of Python, numpy, Ray and torch
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,9 @@ def trouble(run: Record) -> str:
 
 
 def out_of_memory(run: Record) -> bool:
-    """Return whether a run failed for want of memory, a GPU's or the machine's."""
-    return "OutOfMemoryError" in trouble(run)
+    """Return whether a node of a finished run said that it had no memory left."""
+    reasons = [str(reason) for row in run["rounds"] for reason in row.get("failures", ())]
+    return any(sign in reason for sign in NO_MEMORY for reason in reasons)
 
 
 def final_loss(run: Record) -> float:
@@ -107,20 +109,17 @@ def figures(run: Record) -> Figures:
     Returns
     -------
     dict
-        ``loss`` and ``rougeL`` after the last round, and ``change``, the loss less that of the
-        run's first model; ``up`` and ``down``, bytes of a node and round
+        ``loss`` and ``rougeL`` after the last round; ``up`` and ``down``, bytes of a node and round
         on average, and ``bytes``, all in all; ``local_s``, ``reach_s``, ``project_s``,
         ``aggregate_s``, ``replica_s`` and ``round_s`` (without the evaluation), each of the
         median round; ``node_bytes`` and ``server_bytes`` of memory (and ``gpu_bytes``), the most
         of all rounds.
     """
-    first, last = run["rounds"][0].get("eval/loss"), run["rounds"][-1]
-    rounds = [row for row in run["rounds"] if row.get("nodes")]
+    last, rounds = run["rounds"][-1], [row for row in run["rounds"] if row.get("nodes")]
     trained = sum(row["nodes"] for row in rounds)
     up, down = (sum(r[f"comm/{way}_bytes"] for r in rounds) for way in ("uplink", "downlink"))
     found: dict[str, float | None] = {
         "loss": last["eval/loss"],
-        "change": last["eval/loss"] - first if _finite(first) else None,
         "rougeL": last.get("eval/rougeL"),
         "up": up / trained,
         "down": down / trained,
@@ -144,13 +143,20 @@ def round_seconds(row: Row) -> float:
 
 
 def over_seeds(runs: Sequence[Record]) -> dict[str, tuple[float, float]]:
-    """Return mean and sample standard deviation of each figure; NaN for that of one run."""
+    """Return mean and sample standard deviation of each figure; NaN for that of one run.
+
+    Those of ``loss`` and ``rougeL`` are `curve`'s.
+    """
     each = [figures(run) for run in runs]
-    return {
+    found = {
         key: mean_std([numbers[key] for numbers in each])
         for key in (each[0] if each else ())
         if all(key in numbers for numbers in each)
     }
+    for key in ("loss", "rougeL"):
+        if key in found:
+            found[key] = curve(runs, f"eval/{key}", "round")[-1][1:]
+    return found
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
@@ -158,9 +164,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def curve(
-    runs: Sequence[Record], key: str, x: str, of_change: bool = False
-) -> list[tuple[float, float, float]]:
+def curve(runs: Sequence[Record], key: str, x: str) -> list[tuple[float, float, float]]:
     """Return the mean of ``key`` over runs, round by round.
 
     Parameters
@@ -172,14 +176,13 @@ def curve(
     x
         What it is drawn against, each summed up to the round: ``round``, ``bytes`` of all nodes,
         or ``seconds`` without evaluation.
-    of_change
-        Whether the standard deviation is that of the change since each run's first value: seeds
-        that hold other examples out begin at other losses, which says nothing of a method.
 
     Returns
     -------
     list of tuple
-        x (the mean), mean, and standard deviation, for each round that all runs measured.
+        x (the mean), mean, and standard deviation, for each round that all runs measured. The
+        deviation is that of the change since a run's first value: seeds hold other examples out,
+        and so begin at other losses, which says nothing of a method.
     """
     points: dict[int, list[tuple[float, float, float]]] = {}
     for run in runs:
@@ -192,11 +195,10 @@ def curve(
             if _finite(row.get(key)):
                 at = row["round"] if x == "round" else spent
                 first = row[key] if first is None else first
-                varied = row[key] - first if of_change else row[key]
-                points.setdefault(row["round"], []).append((at, row[key], varied))
+                points.setdefault(row["round"], []).append((at, row[key], row[key] - first))
     return [
-        (statistics.fmean(at), statistics.fmean(values), mean_std(varied)[1])
-        for at, values, varied in (zip(*points[r], strict=True) for r in sorted(points))
+        (statistics.fmean(at), statistics.fmean(values), mean_std(changes)[1])
+        for at, values, changes in (zip(*points[r], strict=True) for r in sorted(points))
         if len(values) == len(runs)
     ]
 

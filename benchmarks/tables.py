@@ -30,7 +30,6 @@ def _digits(count: int) -> Format:
 
 COLUMNS: tuple[tuple[str, str, Format], ...] = (
     ("held-out loss", "loss", _digits(3)),
-    ("change", "change", _digits(3)),
     ("Rouge-L", "rougeL", _digits(1)),
     ("a node sends", "up", nbytes_text),
     ("receives", "down", nbytes_text),
@@ -47,15 +46,15 @@ COLUMNS: tuple[tuple[str, str, Format], ...] = (
 )
 LEGEND = (
     "Mean ± standard deviation over {seeds}, or as many as a name says. Loss and Rouge-L are those "
-    "after the last round, *change* is the loss less that before the first. What a node sends and "
-    "receives is per round, all traffic is that of all nodes and rounds, both as measured on the "
-    "wire. Seconds are those of the median round: *local* is a node's training alone; *reach the "
-    "model* is what a node takes from what it received to the global model, the most of all nodes, "
-    "since these share one process, which does it once; *projection* is that of a node's update; "
-    "*aggregation* is without the server's own copy of the model, which is *server's model*; "
-    "*round* is without the server's evaluation, with all nodes taking turns. Memory is the most "
-    "that a process held during a round, its libraries among it: a figure of this implementation, "
-    "where a method may need less."
+    "after the last round; their deviation is that of the change since round 0, as seeds hold out "
+    "other examples. What a node sends and receives is per round, all traffic is that of all nodes "
+    "and rounds, both as measured on the wire. Seconds are those of the median round: *local* is a "
+    "node's training alone; *reach the model* is what a node takes from what it received to the "
+    "global model, the most of all nodes, since these share one process, which does it once; "
+    "*projection* is that of a node's update; *aggregation* is without the server's own copy of the"
+    " model, which is *server's model*; *round* is without the server's evaluation, with all nodes "
+    "taking turns. Memory is the most that a process held during a round, its libraries among it: a"
+    " figure of this implementation, where a method may need less."
 )
 EXACT = (
     "a node holds float32 copies of the parameters, so that every step back, and the model that "
@@ -258,7 +257,8 @@ def _results(plan: Plan, outcomes: Sequence[Outcome]) -> bytes:
     """Return ``results.json``: every run with all that belongs to it, and the table's numbers."""
 
     def searched(choice: dict[str, Any], run: Record) -> dict[str, Any]:
-        return {"settings": choice, "loss": _json(final_loss(run)), "trouble": trouble(run)}
+        loss = _json(final_loss(run))
+        return {"settings": choice, "loss": loss, "trouble": trouble(run), "run": run}
 
     content = {
         "title": plan.title,

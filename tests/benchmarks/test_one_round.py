@@ -58,24 +58,26 @@ def test_rounds_are_those_of_fedavg(two_rounds: list[one_round.Round]) -> None:
     np.testing.assert_array_equal(flat(second.previous), flat(first.average))
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("own", "rate"), [(False, 1.0), (True, 1.0), (True, 0.5)])
 def test_a_reconstruction_is_what_the_server_would_publish(
-    two_rounds: list[one_round.Round], own: bool
+    two_rounds: list[one_round.Round], own: bool, rate: float
 ) -> None:
     first = two_rounds[0]
     layout = Layout(("all",), ((flat(first.before).size,),))
-    config = FerretConfig(coefficients=256, bases="per-client" if own else "shared")
+    bases = "per-client" if own else "shared"
+    config = FerretConfig(coefficients=256, bases=bases, server_rate=rate)
     whole = one_round.Round(1, [flat(first.before)], [[flat(u)] for u in first.updates], None)
-    (hat,) = one_round.reconstruction(whole, layout, config, seed=5)
+    (found,) = one_round.reconstruction(whole, layout, config, seed=5)
 
     plan = next_plan(Ledger(Header("layout", layout.size, "base")), config, 5)
     seeds = [derive_seed(plan.seed, i) if own else plan.seed for i in range(2)]
     expected = np.zeros(layout.size)
     for seed, update in zip(seeds, first.updates, strict=True):
         gamma = reference.project(flat(update), plan.with_seed(seed))
-        expected += reference.reconstruct(gamma.astype(np.float32), plan.with_seed(seed)) / 2
-    np.testing.assert_allclose(hat, expected, atol=1e-4 * np.abs(expected).max())
-    assert np.abs(hat + expected).max() > np.abs(expected).max()
+        hat = reference.reconstruct(gamma.astype(np.float32), plan.with_seed(seed))
+        expected += rate * hat / 2
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(found + expected).max() > np.abs(expected).max()
 
 
 def test_from_the_command_line(

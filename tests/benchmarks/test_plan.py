@@ -60,8 +60,11 @@ def test_a_search_may_have_settings_of_its_own() -> None:
         assert (config.num_server_rounds, config.train.steps) == (rounds, 9)
         assert config.train.learning_rate == 1
     raw["search-settings"] |= {"train.learning-rate": 3.0, "train.steps": 1}
-    config = Plan.of(raw).config(ferret, ferret.choices[1], 9)
-    assert (config.train.learning_rate, config.train.steps) == (1, 1)  # a choice is a choice
+    fedavg, ferret = (plan := Plan.of(raw)).variants
+    config = plan.config(ferret, ferret.choices[1], 9)
+    assert (config.train.learning_rate, config.train.steps) == (1, 9)  # a variant's own stays
+    config = plan.config(fedavg, {}, 9)
+    assert (config.train.learning_rate, config.train.steps) == (3.0, 1)
 
 
 def test_a_recipe_lies_under_the_settings(tmp_path: Path) -> None:
@@ -128,6 +131,7 @@ def test_the_search_seed_is_none_of_the_seeds() -> None:
         ("search-settings.seed = 2", "'search-settings' cannot set 'seed'; use 'seeds' and"),
         ("search-settings.train.steps = 0", "'train.steps' must be at least 1, got 0"),
         ("search-settings.train.step = 1", "train.step"),
+        ("search-settings.method = 'fedavg'", "'search-settings' cannot set 'method'"),
         ("nodes = 0", "'nodes' must be at least 1"),
         ("nodes = true", "'nodes' must be of type int"),
         ("recipe = 'gone.toml'", "cannot read 'gone.toml'"),
@@ -190,6 +194,11 @@ def test_options_say_what_a_file_would(tmp_path: Path) -> None:
         ("--methods ferret --search train.steps", "needs a key and values"),
         ("--methods ferret --search-for fedavg train.steps 1", "no variant 'fedavg'"),
         ("--methods ferret --set train.optimizer=Foo", "'Foo' is not in torch.optim"),
+        ("--methods ferret --search-set train.steps", "--search-set needs KEY=VALUE"),
+        (
+            "--methods ferret --search train.steps 1 2 --search-set train.optimizer=Foo",
+            "'Foo' is not in torch.optim",
+        ),
         ("--methods ferret --set dataset.name=builtin:no", "there is no such built-in"),
     ],
 )
