@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plan import Plan, pairs, read_toml, selected, toml_value, typed
+from benchmarks.plan import Plan, chosen, pairs, read_toml, toml_value, typed
 from benchmarks.runner import compare
 from ferret_flwr.config import ConfigError
 from ferret_flwr.training.errors import DataError, ModelError
@@ -43,8 +43,7 @@ def raw_plan(options: argparse.Namespace) -> dict[str, Any]:
         raw = read_toml(options.plan)
     else:
         raw = {"title": ", ".join(options.methods), "variants": {m: {} for m in options.methods}}
-    if options.variants:
-        raw = selected(raw, options.variants)
+    names = list(raw["variants"]) if options.variants is None else chosen(raw, options.variants)
     for key in ("recipe", "seeds", "search-seed", "nodes"):
         value = getattr(options, key.replace("-", "_"))
         if value is not None:
@@ -55,12 +54,13 @@ def raw_plan(options: argparse.Namespace) -> dict[str, Any]:
         given = typed(raw, "search-settings", dict, {})
         raw["search-settings"] = {**given, **pairs(options.search_set, "--search-set")}
     Plan.of(raw)  # what follows relies on it
-    everyone = [[name, *search] for search in options.search for name in raw["variants"]]
+    everyone = [[name, *search] for search in options.search for name in names]
     for name, *search in everyone + options.search_for:
         if len(search) < 2:
             raise ConfigError(f"a search for '{name}' needs a key and values, got {search!r}")
         key, *values = search
-        table = selected(raw, [name])["variants"][name]
+        (name,) = chosen(raw, [name])
+        table = raw["variants"][name]
         together = {**table.get("search", {}), key: [toml_value(v) for v in values]}
         raw["variants"] = {**raw["variants"], name: {**table, "search": together}}
     return raw
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--recipe", help="a run-config file, such as those in examples")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="instead of a plan")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="of a plan; default: all")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="to run; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N")
     parser.add_argument("--search-seed", type=int, metavar="N", help="none of --seeds")
     parser.add_argument("--nodes", type=int, metavar="N")
@@ -117,8 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; return 0 if every variant has a result."""
     options = _parser().parse_args(arguments)
     try:
-        plan = Plan.of(raw_plan(options))
-        outcomes = compare(plan, options.output, fresh_code=options.fresh_code)
+        raw = raw_plan(options)
+        names = options.variants and chosen(raw, options.variants)
+        outcomes = compare(Plan.of(raw), options.output, fresh_code=options.fresh_code, names=names)
     except (ConfigError, DataError, ModelError, OSError) as error:
         print(f"benchmarks.compare: error: {error}", file=sys.stderr)
         return 2

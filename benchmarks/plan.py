@@ -257,8 +257,8 @@ def _variant(name: str, table: Any, base: Settings) -> Variant:
     )
 
 
-def selected(raw: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Return the plan with the variants called ``names`` only, in the plan's order.
+def chosen(raw: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return those of the plan's variants that ``names`` has, in the plan's order.
 
     Raises
     ------
@@ -273,5 +273,4 @@ def selected(raw: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(
                 f"the plan has no variant '{name}'{hint}; it has {', '.join(variants)}"
             )
-    chosen = set(names)
-    return {**raw, "variants": {k: v for k, v in variants.items() if k in chosen}}
+    return [name for name in variants if name in set(names)]

@@ -7,7 +7,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ferret_flwr.config import Config, ConfigError, defaults, flatten
 from ferret_flwr.files import write_atomic
 from ferret_flwr.methods.registry import METHODS
 from ferret_flwr.report import environment
+from ferret_flwr.training.errors import DataError, ModelError
 from ferret_flwr.training.optimizers import check_optimizer
 
 Rows = list[dict[str, Any]]
@@ -41,20 +42,28 @@ class Comparison:
         Runs one configuration.
     fresh_code
         Whether finished runs count as not there if other code than today's has run them.
+    names
+        The variants to run; None for all.
     """
 
     def __init__(
-        self, plan: Plan, folder: Path, start: Start = simulate, fresh_code: bool = False
+        self,
+        plan: Plan,
+        folder: Path,
+        start: Start = simulate,
+        fresh_code: bool = False,
+        names: Collection[str] | None = None,
     ) -> None:
         """Check models, data and optimizers, which every run would otherwise stumble over."""
         self.plan = plan
         self.folder = folder
+        self.variants = [v for v in plan.variants if names is None or v.name in names]
         self.start = start
         self.fresh_code = fresh_code
         self.seconds: dict[str, list[float]] = {v.name: [] for v in plan.variants}  # a round's
-        self.todo = {v.name: _searches(v) + len(plan.seeds) for v in plan.variants}
+        self.todo = {v.name: _searches(v) + len(plan.seeds) for v in self.variants}
         self.total = sum(self.todo.values())
-        for variant in plan.variants:
+        for variant in self.variants:
             for choice in variant.choices:
                 for seed in self._seeds(variant):
                     _check(variant, choice, plan.config(variant, choice, seed))
@@ -63,17 +72,38 @@ class Comparison:
 
     def outcome(self, variant: Variant) -> Outcome:
         """Search, if there is something to search, and run the best with all seeds."""
+        found = self._outcome(variant, self.run)
+        if found.choice is None:
+            self.total -= self.todo[variant.name]
+            self.todo[variant.name] = 0
+        return found
+
+    def finished(self, variant: Variant) -> Outcome | None:
+        """Return what became of ``variant``; None if not all of its runs are done, or usable."""
+
+        def kept(variant: Variant, choice: Settings, seed: int) -> Record:
+            record = self._read(self._inputs(self.plan.config(variant, choice, seed)))
+            if record is None:
+                raise LookupError
+            return record
+
+        try:
+            return self._outcome(variant, kept)
+        except (LookupError, ConfigError, DataError, ModelError):
+            return None
+
+    def _outcome(
+        self, variant: Variant, run: Callable[[Variant, Settings, int], Record]
+    ) -> Outcome:
         choice, searched = variant.choices[0], []
         if _searches(variant):
             seed = self.plan.search_seed
-            searched = [(tried, self.run(variant, tried, seed)) for tried in variant.choices]
+            searched = [(tried, run(variant, tried, seed)) for tried in variant.choices]
             winner = best(searched)
             if winner is None:
-                self.total -= self.todo[variant.name]
-                self.todo[variant.name] = 0
                 return Outcome(variant.name, searched, None, [])
             choice = winner
-        runs = [self.run(variant, choice, seed) for seed in self.plan.seeds]
+        runs = [run(variant, choice, seed) for seed in self.plan.seeds]
         return Outcome(variant.name, searched, choice, runs)
 
     def run(self, variant: Variant, choice: Settings, seed: int) -> Record:
@@ -127,7 +157,7 @@ class Comparison:
     def _kept(self) -> list[tuple[str, Record]]:
         """Return the finished runs that may be used, and their variants' names."""
         found = []
-        for variant in self.plan.variants:
+        for variant in self.variants:
             for choice, seed in itertools.product(variant.choices, self._seeds(variant)):
                 record = self._read(self._inputs(self.plan.config(variant, choice, seed)))
                 if record is not None:
@@ -183,7 +213,7 @@ class Comparison:
             return None
         return sum(
             self._rounds_left(variant) * statistics.fmean(self.seconds[variant.name] or known)
-            for variant in self.plan.variants
+            for variant in self.variants
         )
 
     def _rounds_left(self, variant: Variant) -> int:
@@ -250,26 +280,40 @@ def _duration(seconds: float) -> str:
 
 
 def compare(
-    plan: Plan, folder: Path, start: Start = simulate, fresh_code: bool = False
+    plan: Plan,
+    folder: Path,
+    start: Start = simulate,
+    fresh_code: bool = False,
+    names: Collection[str] | None = None,
 ) -> list[Outcome]:
     """Run what is not there yet; write tables after each variant, and draw in the end.
 
+    They are of all of the plan's variants that are finished, whenever that was.
+
     Parameters
     ----------
-    plan, folder, start, fresh_code
+    plan, folder, start, fresh_code, names
         As of a `Comparison`.
+
+    Returns
+    -------
+    list of Outcome
+        Of the variants called ``names``.
 
     Raises
     ------
     DataError, ModelError, ConfigError
         Before any run, naming what is wrong.
     """
-    comparison = Comparison(plan, folder, start, fresh_code)
+    comparison = Comparison(plan, folder, start, fresh_code, names)
     for line in comparison.warnings():
         print(line, flush=True)
-    outcomes = []
-    for variant in plan.variants:
-        outcomes.append(comparison.outcome(variant))
-        write(plan, outcomes, folder)
-    draw(plan, outcomes, folder)
-    return outcomes
+    done: dict[str, Outcome] = {}
+    everything: list[Outcome] = []
+    for variant in comparison.variants:
+        done[variant.name] = comparison.outcome(variant)
+        all_of_them = [done.get(v.name) or comparison.finished(v) for v in plan.variants]
+        everything = [outcome for outcome in all_of_them if outcome is not None]
+        write(plan, everything, folder)
+    draw(plan, everything, folder)
+    return list(done.values())

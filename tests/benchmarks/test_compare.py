@@ -174,6 +174,23 @@ def test_a_stopped_comparison_goes_on(tmp_path) -> None:
     assert not set(first.asked) & set(second.asked)
 
 
+def test_a_page_has_every_variant_that_is_finished(tmp_path) -> None:
+    compare(plan(), tmp_path, Start())
+    whole = (tmp_path / "table.md").read_bytes()
+    start = Start()
+    (outcome,) = compare(plan(), tmp_path, start, names=["ferret"])
+    assert (outcome.name, start.asked) == ("ferret", [])
+    assert (tmp_path / "table.md").read_bytes() == whole
+
+    other = tmp_path / "other"
+    start = Start()
+    compare(plan(), other, start, names=["ferret"])
+    assert {method for method, *_ in start.asked} == {"ferret"}
+    assert "| fedavg |" not in (other / "table.md").read_text()
+    compare(plan(), other, Start(), names=["fedavg"])
+    assert (other / "table.md").read_bytes() == whole
+
+
 def test_a_crash_is_shown_and_tried_again(tmp_path, capsys) -> None:
     crashing = plan(seeds=[1], settings={"train.learning-rate": 1000.0}, variants={"ferret": {}})
     for _ in range(2):

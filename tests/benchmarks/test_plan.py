@@ -166,7 +166,7 @@ def test_options_say_what_a_file_would(tmp_path: Path) -> None:
     path.write_text(PLAN)
     raw = raw_plan(options(str(path), "--variants", "ferret-8k", "--seeds", "8", "--nodes", "2"))
     plan = Plan.of(raw)
-    assert [v.name for v in plan.variants] == ["ferret-8k"]
+    assert [v.name for v in plan.variants] == ["fedavg", "ferret-8k"]
     assert (plan.seeds, plan.search_seed, plan.nodes, plan.title) == ((8,), 9, 2, "A title")
     raw = raw_plan(options(str(path), "--search-seed", "3"))
     assert Plan.of(raw).search_seed == 3
@@ -212,7 +212,7 @@ def test_bad_options_stop_before_any_run(tmp_path, capsys, arguments, message) -
 def test_fresh_code_is_passed_on(tmp_path, monkeypatch) -> None:
     asked = []
 
-    def compare(plan: Plan, folder: Path, fresh_code: bool) -> list:
+    def compare(plan: Plan, folder: Path, fresh_code: bool, names: object) -> list:
         asked.append(fresh_code)
         (folder / "table.md").write_text("")
         return []
