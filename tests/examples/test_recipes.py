@@ -139,6 +139,17 @@ def test_language_is_a_whole_word(instruction: str, language: str) -> None:
     assert prepare.language_of({"instruction": instruction}) == language
 
 
+def test_gsm8k_is_named_by_the_lines_before_the_answer(tmp_path: Path) -> None:
+    answers = ["2\n3\n#### 5", "1\n#### 1", "1\n1\n1\n#### 3", "1\n1\n1\n1\n1\n#### 5"]
+    rows = [{"question": "?", "answer": answer} for answer in answers]
+    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    prepare.main(["gsm8k", str(tmp_path / "train.jsonl"), "--data", str(tmp_path)])
+    lines = (tmp_path / "gsm8k-by-length.jsonl").read_text().splitlines()
+    named = [json.loads(line) for line in lines]
+    assert [row.pop("category") for row in named] == ["short", "short", "medium", "long"]
+    assert named == rows
+
+
 def test_data_of_another_layout_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "rows.json").write_text('[{"question": "?"}]')
     with pytest.raises(SystemExit):
