@@ -34,7 +34,8 @@ def hardware() -> str:
     """Return the processor, the cores that this process may use, and the GPU if there is one."""
     import torch  # not to list the benchmarks
 
-    parts = [processor(), f"{processors()} cores"]
+    cores = processors()
+    parts = [processor(), f"{cores} core{'s' * (cores > 1)}"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     return ", ".join(parts)

@@ -86,6 +86,8 @@ def test_plans_that_come_with_the_project_are_valid(path: Path) -> None:
     plan = Plan.of(read_toml(path))
     assert plan.variants and plan.search_seed not in plan.seeds
     assert all(len(values) >= 3 for v in plan.variants for values in v.search.values())
+    runs = [plan.config(v, choice, 1) for v in plan.variants for choice in v.choices]
+    assert all(run not in runs[:i] for i, run in enumerate(runs))  # no two names for one run
 
 
 @pytest.mark.parametrize("name", ["gsm8k-smollm2", "code-alpaca-smollm2"])
