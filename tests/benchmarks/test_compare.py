@@ -488,6 +488,16 @@ def test_the_plots_are_pictures(tmp_path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_curves_are_as_wide_as_their_names(tmp_path) -> None:
+    run = {"rounds": rows(1.0)}
+    widths = []
+    for name in ("ferret", "ferret, on nodes that differ in what they have"):
+        tables.plots.curves({name: [run]}, tmp_path / "curves.png", "")
+        header = (tmp_path / "curves.png").read_bytes()[:20]
+        widths.append(int.from_bytes(header[16:20]))
+    assert widths[1] > widths[0] + 100
+
+
 @pytest.mark.slow
 def test_the_real_app(tmp_path) -> None:
     small = {
