@@ -170,7 +170,7 @@ def finish(figure: Any, path: Path, note: str, right: float = 1.0) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure, names beside it among it, whole or not at all, and forget it."""
+    """Write a figure, its legend beside it, whole or not at all, and forget it."""
     with atomic_file(path) as file:
         figure.savefig(file, dpi=110, format=path.suffix[1:], bbox_inches="tight")
     pyplot().close(figure)

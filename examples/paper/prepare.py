@@ -1,11 +1,12 @@
-"""Bring the paper's data into the files that the recipes beside this script read.
+"""Bring published data into the files that recipes and plans read.
 
     python examples/paper/prepare.py natural-instructions CHECKOUT_OF_allenai/natural-instructions
     python examples/paper/prepare.py dolly databricks-dolly-15k.jsonl
     python examples/paper/prepare.py code-alpaca code_alpaca_20k.json
     python examples/paper/prepare.py gsm8k train.jsonl
 
-The recipes read GSM8K from the Hub as it is. What the last line makes is for nodes that differ.
+The recipes read GSM8K from the Hub as it is; the last line makes data/gsm8k-by-length.jsonl, for
+benchmarks/plans/gsm8k-smollm2-non-iid.toml.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def code_alpaca(source: Path, data: Path) -> str:
 
 
 def gsm8k(source: Path, data: Path) -> str:
-    """Name how many steps each solution has: each line of it but the answer's is one."""
+    """Name each solution short, medium or long."""
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     return _write_named(
         data / "gsm8k-by-length.jsonl", [row | {"category": length_of(row)} for row in rows]
@@ -75,7 +76,7 @@ def language_of(row: Mapping[str, str]) -> str:
 
 
 def length_of(row: Mapping[str, str]) -> str:
-    """Return whether a solution has at most 2 steps, 3, or more: of GSM8K, 26, 29 and 45 %."""
+    """Return whether a solution has at most 2 steps, 3, or more; each line but the last is one."""
     steps = len(row["answer"].splitlines()) - 1
     return "short" if steps <= 2 else "medium" if steps == 3 else "long"
 
@@ -110,7 +111,7 @@ def main(words: list[str]) -> None:
     options = parser.parse_args(words)
     try:
         print(SOURCES[options.source](options.path, options.data))
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         parser.error(f"{options.path} is not what {options.source} is published as: {error!r}")
 
 

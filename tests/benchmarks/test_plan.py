@@ -112,6 +112,9 @@ def test_methods_are_compared_at_equal_work(name: str) -> None:
     assert rate in first.choices
     assert plan.config(first, rate, 1) == ablation.config(other, {}, 1)  # one run serves both
     assert ablation.seeds == plan.seeds
+    for variant in ablation.variants:
+        kind = variant.name.split("-")[1] if variant.name.startswith("contiguous") else "energy"
+        assert ablation.config(variant, variant.choices[0], 1).ferret.allocation == kind
 
 
 def test_the_search_seed_is_none_of_the_seeds() -> None:

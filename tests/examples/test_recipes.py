@@ -140,7 +140,7 @@ def test_language_is_a_whole_word(instruction: str, language: str) -> None:
 
 
 def test_gsm8k_is_named_by_the_lines_before_the_answer(tmp_path: Path) -> None:
-    answers = ["2\n3\n#### 5", "1\n#### 1", "1\n1\n1\n#### 3", "1\n1\n1\n1\n1\n#### 5"]
+    answers = ["2\n3\n#### 5", "1\n#### 1", "1\n1\n1\n#### 3", "1\n1\n1\n1\n#### 4"]
     rows = [{"question": "?", "answer": answer} for answer in answers]
     (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     prepare.main(["gsm8k", str(tmp_path / "train.jsonl"), "--data", str(tmp_path)])
@@ -150,9 +150,19 @@ def test_gsm8k_is_named_by_the_lines_before_the_answer(tmp_path: Path) -> None:
     assert named == rows
 
 
-def test_data_of_another_layout_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "rows.json").write_text('[{"question": "?"}]')
+@pytest.mark.parametrize(
+    ("source", "name", "text"),
+    [
+        ("code-alpaca", "rows.json", '[{"question": "?"}]'),
+        ("gsm8k", "rows.jsonl", '[{"question": "?", "answer": "#### 1"}]'),
+        ("gsm8k", "rows.jsonl", '{"instruction": "?"}'),
+    ],
+)
+def test_data_of_another_layout_are_refused(
+    source: str, name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit):
-        prepare.main(["code-alpaca", str(tmp_path / "rows.json"), "--data", str(tmp_path)])
-    assert "rows.json is not what code-alpaca is published as" in capsys.readouterr().err
-    assert not (tmp_path / "code-alpaca.jsonl").exists()
+        prepare.main([source, str(tmp_path / name), "--data", str(tmp_path)])
+    assert f"{name} is not what {source} is published as" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
