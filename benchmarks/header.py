@@ -34,11 +34,15 @@ def hardware() -> str:
     """Return the processor, the cores that this process may use, and the GPU if there is one."""
     import torch  # not to list the benchmarks
 
-    cores = processors()
-    parts = [processor(), f"{cores} core{'s' * (cores > 1)}"]
+    parts = [processor(), counted(processors(), "core")]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     return ", ".join(parts)
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things: "1 core", "2 cores"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def commit() -> str:

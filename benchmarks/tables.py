@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
+from benchmarks.header import counted
 from benchmarks.plan import DECIDED, Plan
 from benchmarks.summary import Outcome, Record, curve, final_loss, over_seeds, trouble
 from ferret_flwr.config import defaults
@@ -90,7 +91,7 @@ def draw(plan: Plan, outcomes: Sequence[Outcome], folder: Path) -> None:
 def markdown(plan: Plan, outcomes: Sequence[Outcome]) -> str:
     """Return all tables as one Markdown page."""
     parts = [f"# {plan.title}", _main_table(outcomes)]
-    parts.append(LEGEND.format(seeds=_count(len(plan.seeds), "seed")))
+    parts.append(LEGEND.format(seeds=counted(len(plan.seeds), "seed")))
     parts += _notes(plan, outcomes) + _mixtures(outcomes) + _troubles(outcomes)
     for key, title, digits in (("eval/loss", "Held-out loss", 3), ("eval/rougeL", "Rouge-L", 1)):
         table = _by_round(outcomes, key, _digits(digits))
@@ -240,17 +241,13 @@ def _provenance(plan: Plan, outcomes: Sequence[Outcome]) -> list[tuple[str, str]
     data = {f"{name} {digest[:16]}" for run in runs for name, digest in run["data"].items()}
     bases = {f"{run['config']['model.name']} {run['base']}" for run in runs}
     return [
-        ("seeds", f"{', '.join(map(str, plan.seeds))}; {_count(plan.nodes, 'node')}"),
+        ("seeds", f"{', '.join(map(str, plan.seeds))}; {counted(plan.nodes, 'node')}"),
         ("model (fingerprint)", " or ".join(sorted(bases))),
         ("data (SHA-256)", ", ".join(sorted(data))),
         ("code (SHA-256)", " or ".join(sorted({_kind(run, "code") for run in runs}))),
         ("hardware", " or ".join(sorted({_kind(run, "hardware") for run in runs}))),
         ("versions", " or ".join(sorted(versions))),
     ]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _results(plan: Plan, outcomes: Sequence[Outcome]) -> bytes:
