@@ -41,7 +41,7 @@ def natural_instructions(source: Path, data: Path) -> str:
 
 def dolly(source: Path, data: Path) -> str:
     """Hold out the last of the categories in alphabetical order."""
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    rows = _read_lines(source)
     last = max(row["category"] for row in rows)
     folder = data / "dolly"
     _write(folder / "train.jsonl", (row for row in rows if row["category"] != last))
@@ -58,10 +58,8 @@ def code_alpaca(source: Path, data: Path) -> str:
 
 def gsm8k(source: Path, data: Path) -> str:
     """Name each solution short, medium or long."""
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    return _write_named(
-        data / "gsm8k-by-length.jsonl", [row | {"category": length_of(row)} for row in rows]
-    )
+    named = [row | {"category": length_of(row)} for row in _read_lines(source)]
+    return _write_named(data / "gsm8k-by-length.jsonl", named)
 
 
 def language_of(row: Mapping[str, str]) -> str:
@@ -79,6 +77,10 @@ def length_of(row: Mapping[str, str]) -> str:
     """Return whether a solution has at most 2 steps, 3, or more; each line but the last is one."""
     steps = len(row["answer"].splitlines()) - 1
     return "short" if steps <= 2 else "medium" if steps == 3 else "long"
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _write_named(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
