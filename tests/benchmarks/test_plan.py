@@ -112,6 +112,13 @@ def test_methods_are_compared_at_equal_work(name: str) -> None:
     assert rate in first.choices
     assert plan.config(first, rate, 1) == ablation.config(other, {}, 1)  # one run serves both
     assert ablation.seeds == plan.seeds
+    apart = Plan.of(read_toml(folder / f"{name}-non-iid.toml"))
+    same, own = (
+        flatten(plan.config(first, rate, 1)),
+        flatten(apart.config(apart.variants[1], {}, 1)),
+    )
+    assert apart.variants[1].name == "ferret" and apart.seeds == plan.seeds
+    assert {k for k in own if own[k] != same[k]} == {"dataset.name", "dataset.partitioner"}
     for variant in ablation.variants:
         kind = variant.name.split("-")[1] if variant.name.startswith("contiguous") else "energy"
         assert ablation.config(variant, variant.choices[0], 1).ferret.allocation == kind
